@@ -1,0 +1,29 @@
+"""Split a causal LM between the owner of the data and the owner of the GPU."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from splitlearn.client.split_model import AutoSplitModelForCausalLM
+    from splitlearn.server.trunk_server import TrunkServer
+
+__version__ = "0.1.0"
+__all__ = ["AutoSplitModelForCausalLM", "TrunkServer", "__version__"]
+
+# Loaded when first asked for, so that `import splitlearn` and `splitlearn --help` need no torch.
+_HOMES = {
+    "AutoSplitModelForCausalLM": "splitlearn.client.split_model",
+    "TrunkServer": "splitlearn.server.trunk_server",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,124 @@
+"""The cache's layer k is the session: beams, forks, crops and repeats reach the trunk through it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from splitlearn.client.session import ClientSession
+from splitlearn.client.transport import Transport
+from splitlearn.errors import UnsupportedCall
+
+
+class RemoteCacheLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Owns the server's session; the library's `Cache` treats it like any other layer.
+
+    A deep copy forks the session, and the last reference to it closes the session.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, transport: Transport, session: ClientSession | None = None) -> None:
+        super().__init__()
+        self.is_initialized = True
+        self._transport = transport
+        self.session = session or ClientSession(transport)
+
+    def get_seq_length(self, *args: Any) -> int:
+        return self.session.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.session.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take tokens off the end: a negative count of them, or (until 5.17) the length to keep."""
+        count = int(tokens_to_remove)
+        self.session.crop(self.session.length + count if count <= 0 else count)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.session.select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.session.repeat(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.session.select(torch.arange(self.session.rows)[indices.cpu()])
+
+    def activate_past_recording(self) -> None:
+        """The trunk keeps all that it was given: any crop is possible at any time."""
+
+    def reset(self) -> None:
+        self.session = ClientSession(self._transport)
+
+    def offload(self) -> None:
+        """Nothing of the trunk's cache is here."""
+
+    prefetch = offload
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise AssertionError("the trunk's keys and values never come here")
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise AssertionError("the trunk's keys and values never come here")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteCacheLayer:
+        return RemoteCacheLayer(self._transport, self.session.fork())
+
+
+class InertLayer(RemoteCacheLayer):
+    """Stands for the trunk's other layers: as long as the session, and holding nothing."""
+
+    def __init__(self, remote: RemoteCacheLayer) -> None:
+        CacheLayerMixin.__init__(self)
+        self.is_initialized = True
+        self._remote = remote
+
+    @property
+    def session(self) -> ClientSession:  # type: ignore[override]
+        return self._remote.session
+
+    def crop(self, tokens_to_remove: int) -> None: ...
+    def reorder_cache(self, beam_idx: Tensor) -> None: ...
+    def batch_repeat_interleave(self, repeats: int) -> None: ...
+    def batch_select_indices(self, indices: Tensor) -> None: ...
+    def reset(self) -> None: ...
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> InertLayer:
+        return InertLayer(memo[id(self._remote)])
+
+
+def session_of(cache: Cache, trunk: range, transport: Transport) -> ClientSession:
+    """The session in this cache, put there at the cache's first use.
+
+    Raises:
+        UnsupportedCall: the cache was filled by another model, or is of a kind that is not supported.
+    """
+    if len(cache.layers) > trunk.start:
+        layer = cache.layers[trunk.start]
+        if isinstance(layer, RemoteCacheLayer):
+            if layer._transport is not transport:
+                raise UnsupportedCall("past_key_values belongs to another split model: each model needs its own")
+            return layer.session
+        _require_unused(layer)
+    remote = RemoteCacheLayer(transport)
+    cache.layers[trunk.start : trunk.stop] = [remote, *(InertLayer(remote) for _ in trunk[1:])]
+    return remote.session
+
+
+def _require_unused(layer: Any) -> None:
+    if layer.get_seq_length() > 0:
+        raise UnsupportedCall(
+            "past_key_values was filled by a whole model, the trunk does not have its keys and values: "
+            "run the prompt through this model"
+        )

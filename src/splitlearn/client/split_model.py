@@ -1,0 +1,188 @@
+"""The client's model: the library's own class, its trunk somewhere else."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from transformers import PreTrainedModel
+
+from splitlearn.client.call_context import watch
+from splitlearn.client.grpc_transport import GrpcTransport, describe
+from splitlearn.client.remote_trunk import RemoteTrunk
+from splitlearn.client.transport import Transport
+from splitlearn.config import ClientConfig
+from splitlearn.errors import SettingError, SplitMismatch, UnsupportedCall
+from splitlearn.model.checkpoint import Checkpoint
+from splitlearn.model.plan import SplitPlan
+from splitlearn.model.skeleton import decoder_of
+from splitlearn.model.weights import fingerprint, load_client, resolve_dtype
+from splitlearn.vocabulary import CodecId
+from splitlearn.wire.frames import FrameFormat, dtype_named
+from splitlearn.wire.handshake import ModelIdentity
+
+SAFE_LAYERS = 2
+"""Layers that a client keeps on each side unless it was told otherwise by its own user."""
+
+
+class AutoSplitModelForCausalLM:
+    """Loads bottom and top of a causal LM and connects them to a trunk. Not to be instantiated."""
+
+    def __init__(self) -> None:
+        raise TypeError("use AutoSplitModelForCausalLM.from_pretrained(path, trunk='host:port')")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        trunk: str,
+        bottom_layers: int | None = None,
+        top_layers: int | None = None,
+        accept_label_leak: bool = False,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "cpu",
+        attn_implementation: str | None = None,
+        hub_token: str | None = None,
+        revision: str | None = None,
+        config: ClientConfig | None = None,
+        **settings: Any,
+    ) -> PreTrainedModel:
+        """The library's own causal LM, whose middle layers run on the trunk server.
+
+        Args:
+            path: folder or hub id; of a hub id only the files with bottom or top tensors are fetched.
+            trunk: `host:port` of the server.
+            bottom_layers, top_layers: the cut; by default the server's, which must leave at least two
+                layers on each side of it here.
+            accept_label_leak: allow no top layer, where the gradient gives labels away.
+            dtype: of the client's weights; "auto" keeps the checkpoint's.
+            device: where bottom and top run.
+            attn_implementation: as in the library.
+            hub_token, revision: for a private hub repository, or one of its revisions.
+            config: deadlines, wire dtype, limits; `settings` are its fields by name.
+
+        Raises:
+            TrunkUnreachable, NotATrunk, ProtocolMismatch, ModelMismatch, SplitMismatch: the server is not
+                the one that is wanted.
+            UnsupportedModel, CheckpointError, SplitPlanError, SettingError: the model cannot be loaded so.
+        """
+        client_config = _config_of(config, settings)
+        checkpoint = Checkpoint.open(str(path), token=hub_token, revision=revision)
+        plan = _plan(checkpoint, trunk, bottom_layers, top_layers, accept_label_leak, client_config)
+        weights_dtype = resolve_dtype(dtype, checkpoint)
+        transport = GrpcTransport(
+            trunk, _identity(checkpoint, plan), client_config, _format(weights_dtype, client_config)
+        )
+        try:
+            return connect(
+                checkpoint, plan, transport, client_config, weights_dtype, device, attn_implementation
+            )
+        except BaseException:
+            transport.close()
+            raise
+
+
+def connect(
+    checkpoint: Checkpoint,
+    plan: SplitPlan,
+    transport: Transport,
+    config: ClientConfig,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Bottom and top of this checkpoint around whatever trunk the transport reaches."""
+    remote = RemoteTrunk(transport, plan.trunk, config)
+    model = load_client(
+        checkpoint, plan, lambda: remote, dtype=dtype, device=device, attn_implementation=attn_implementation
+    )
+    max_positions = transport.agreement.max_positions or None
+    remote.listen_to(watch(decoder_of(model), model.config, max_positions))
+    model.__class__ = _split_class(type(model))
+    model.__dict__["trunk"] = remote
+    weakref.finalize(model, transport.close)
+    return model
+
+
+class SplitModel:
+    """What a split model has beyond the library's class: `trunk`, and refusals of what would go wrong."""
+
+    trunk: RemoteTrunk
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """The folder would load again with random trunk layers."""
+        raise UnsupportedCall(
+            "this model has no trunk to save: the folder would load again with random layers in its place. "
+            "Copy the model's own folder, or `splitlearn slice` it"
+        )
+
+    def close(self) -> None:
+        """End the connection; open sessions on the server are freed."""
+        self.trunk.transport.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise UnsupportedCall("a split model holds a connection and cannot be copied: load it a second time")
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        raise UnsupportedCall("DataParallel would copy the connection: run one process a device instead")
+
+
+def _split_class(cut_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    names = {"__module__": cut_class.__module__, "__qualname__": cut_class.__qualname__}
+    return type(cut_class.__name__, (SplitModel, cut_class), names)
+
+
+def _config_of(config: ClientConfig | None, settings: dict[str, Any]) -> ClientConfig:
+    if config is not None and settings:
+        raise SettingError(f"give config= or {', '.join(settings)}, not both")
+    return config or ClientConfig(**settings)
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    address: str,
+    bottom_layers: int | None,
+    top_layers: int | None,
+    accept_label_leak: bool,
+    config: ClientConfig,
+) -> SplitPlan:
+    """The cut that the user named, or the server's where it is no less private than the default."""
+    if bottom_layers is None or top_layers is None:
+        facts = describe(address, config.connect_s)
+        for side, named, served in (
+            ("bottom", bottom_layers, facts.bottom_layers),
+            ("top", top_layers, facts.top_layers),
+        ):
+            if named is None and served < SAFE_LAYERS:
+                raise SplitMismatch(
+                    f"the server leaves {served} {side} layers here, fewer than the default of {SAFE_LAYERS}: "
+                    f"more of the text can be read from what is sent. Pass {side}_layers={served} to accept that"
+                )
+        bottom_layers = facts.bottom_layers if bottom_layers is None else bottom_layers
+        top_layers = facts.top_layers if top_layers is None else top_layers
+    return SplitPlan.for_config(checkpoint.config, bottom_layers, top_layers, accept_label_leak)
+
+
+def _identity(checkpoint: Checkpoint, plan: SplitPlan) -> ModelIdentity:
+    ours = fingerprint(checkpoint, plan)
+    sizes = (len(plan.bottom), len(plan.trunk), len(plan.top))
+    return ModelIdentity.of(ours.config_hash, ours.weights_hash, *sizes)
+
+
+def _format(weights: torch.dtype, config: ClientConfig) -> FrameFormat:
+    """How activations of this dtype go out when the user wants them in the wire's dtype.
+
+    Raises:
+        SettingError: the wire would be wider than the weights, or in a form that no codec gives.
+    """
+    wire = weights if config.wire_dtype == "auto" else dtype_named(config.wire_dtype)
+    if wire == weights:
+        return FrameFormat(CodecId.RAW)
+    if weights == torch.float32 and wire == torch.bfloat16:
+        return FrameFormat(CodecId.HALF)
+    raise SettingError(
+        f"weights in {weights} cannot be sent as {wire}: use wire_dtype='auto', or 'bfloat16' for float32 weights"
+    )

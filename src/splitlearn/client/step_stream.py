@@ -1,0 +1,145 @@
+"""One bidirectional stream: requests out in order, answers matched to who waits for them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from itertools import count
+from queue import SimpleQueue
+from typing import Any
+
+import grpc
+
+from splitlearn.client.grpc_errors import error_of
+from splitlearn.client.transport import Traffic
+from splitlearn.config import WireLimits
+from splitlearn.errors import MessageError, SplitLearnError, StepTimeout, TrunkUnreachable
+from splitlearn.vocabulary import StepKey
+from splitlearn.wire.chunks import ChunkAssembly, chunks_of
+from splitlearn.wire.generated import splitlearn_pb2 as pb
+from splitlearn.wire.generated import splitlearn_pb2_grpc as rpc
+from splitlearn.wire.status import error_from_proto
+from splitlearn.wire.steps import key_from_proto
+
+WELCOME = "welcome"
+
+
+class StepStream:
+    """Any thread may ask; one thread reads. A stream that broke answers everybody with the reason."""
+
+    def __init__(self, channel: grpc.Channel, address: str, limits: WireLimits, traffic: Traffic) -> None:
+        self._address = address
+        self._limits = limits
+        self._traffic = traffic
+        self._outgoing: SimpleQueue[pb.ClientMessage | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._waiting: dict[StepKey | int | str, Future[Any]] = {}
+        self._broken: SplitLearnError | None = None
+        self._numbers = count(1)
+        self._call = rpc.TrunkStub(channel).Steps(iter(self._outgoing.get, None))
+        threading.Thread(target=self._read, name="splitlearn answers", daemon=True).start()
+
+    def greet(self, hello: pb.Hello, timeout_s: float) -> pb.Welcome:
+        """The server's welcome; raises what it refuses with, or TrunkUnreachable."""
+        welcome: pb.Welcome = self._ask(WELCOME, pb.ClientMessage(hello=hello), timeout_s)
+        return welcome
+
+    def step(self, key: StepKey, step: pb.Step, timeout_s: float) -> pb.Answer:
+        answer: pb.Answer = self._ask(key, pb.ClientMessage(step=step), timeout_s)
+        return answer
+
+    def fork(self, fork: pb.ForkSession, timeout_s: float) -> pb.Forked:
+        forked: pb.Forked = self._ask(fork.into, pb.ClientMessage(fork=fork), timeout_s)
+        return forked
+
+    def tell(self, message: pb.ClientMessage) -> None:
+        """Send without waiting for anything."""
+        self._outgoing.put(message)
+
+    def close(self) -> None:
+        """End the stream once what was told is sent."""
+        self._outgoing.put(None)
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+    @property
+    def is_broken(self) -> bool:
+        return self._broken is not None
+
+    def _ask(self, name: StepKey | int | str, message: pb.ClientMessage, timeout_s: float) -> Any:
+        future: Future[Any] = Future()
+        with self._lock:
+            if self._broken is not None:
+                raise self._broken
+            self._waiting[name] = future
+            for piece in self._pieces(message):
+                self._outgoing.put(piece)
+        try:
+            return future.result(timeout_s)
+        except TimeoutError:
+            raise StepTimeout(
+                f"{self._address} did not answer within {timeout_s:g} s: it may be overloaded or cut off; "
+                "try again, or allow more time (decode_s, prefill_s)"
+            ) from None
+        finally:
+            with self._lock:
+                self._waiting.pop(name, None)
+
+    def _pieces(self, message: pb.ClientMessage) -> Iterator[pb.ClientMessage]:
+        size = message.ByteSize()
+        self._traffic.count(_tensor_bytes(message), size)
+        if size <= self._limits.chunk_bytes:
+            yield message
+            return
+        for piece in chunks_of(next(self._numbers), message.SerializeToString(), self._limits.chunk_bytes):
+            yield pb.ClientMessage(chunk=piece)
+
+    def _read(self) -> None:
+        assembly = ChunkAssembly(self._limits.max_message_bytes)
+        try:
+            for message in self._call:
+                self._take(message, assembly)
+            self._break(TrunkUnreachable(f"{self._address} ended the connection: is the server still running?"))
+        except grpc.RpcError as error:
+            self._break(error_of(error, self._address))
+        except SplitLearnError as error:
+            self._break(error)
+            self._call.cancel()
+
+    def _take(self, message: pb.ServerMessage, assembly: ChunkAssembly) -> None:
+        match message.WhichOneof("content"):
+            case "answer":
+                self._traffic.count(_tensor_bytes(message), message.ByteSize())
+                self._give(key_from_proto(message.answer.key), message.answer)
+            case "chunk":
+                if (whole := assembly.add(message.chunk)) is not None:
+                    self._take(pb.ServerMessage.FromString(whole), assembly)
+            case "welcome":
+                self._give(WELCOME, message.welcome)
+            case "forked":
+                self._give(message.forked.session, message.forked)
+            case "error":
+                raise error_from_proto(message.error)
+            case other:
+                raise MessageError(f"a server's message of kind {other} is not in the protocol")
+
+    def _give(self, name: StepKey | int | str, value: Any) -> None:
+        with self._lock:
+            future = self._waiting.pop(name, None)
+        # Nobody waits any more where a deadline passed before the answer came.
+        if future is not None:
+            future.set_result(value)
+
+    def _break(self, error: SplitLearnError) -> None:
+        with self._lock:
+            self._broken = error
+            waiting, self._waiting = list(self._waiting.values()), {}
+        for future in waiting:
+            future.set_exception(error)
+
+
+def _tensor_bytes(message: pb.ClientMessage | pb.ServerMessage) -> int:
+    holder = message.step if isinstance(message, pb.ClientMessage) else message.answer
+    return len(holder.activation.data)

@@ -1,0 +1,44 @@
+"""How the client reaches a trunk: gRPC, or in this process for tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from splitlearn.wire.handshake import Agreement
+from splitlearn.wire.messages import AnswerMessage, CloseMessage, ForkMessage, StepMessage
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What crossed the wire so far: `tensor_bytes` of activations, `message_bytes` of all messages, both ways."""
+
+    tensor_bytes: int = 0
+    message_bytes: int = 0
+    messages: int = 0
+
+    def count(self, tensor_bytes: int, message_bytes: int) -> None:
+        self.tensor_bytes += tensor_bytes
+        self.message_bytes += message_bytes
+        self.messages += 1
+
+
+class Transport(Protocol):
+    """One connection of one client. Every call ends by its deadline, with an answer or a typed error."""
+
+    agreement: Agreement
+    traffic: Traffic
+
+    def step(self, message: StepMessage) -> AnswerMessage:
+        """Have the step done; an error of the server is raised here."""
+        ...
+
+    def fork(self, message: ForkMessage) -> None:
+        """Have the session copied; returns when it is."""
+        ...
+
+    def close_session(self, message: CloseMessage) -> None:
+        """Say that the session is over; does not wait and cannot fail."""
+        ...
+
+    def close(self) -> None: ...

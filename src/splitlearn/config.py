@@ -1,0 +1,128 @@
+"""Every setting, with its unit in its name and its explanation below it; unknown keys are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+
+from splitlearn.errors import SettingError
+
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+class Settings(BaseModel):
+    """Settings are values: checked once, then never changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+    def __init__(self, **fields: Any) -> None:
+        """Raises SettingError, in one line, for an unknown key or a value out of range."""
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise SettingError(_one_line(error)) from None
+
+
+def _one_line(error: ValidationError) -> str:
+    faults = [
+        f"{'.'.join(map(str, fault['loc']))} = {fault['input']!r}: {fault['msg'].lower()}" for fault in error.errors()
+    ]
+    return "; ".join(faults)
+
+
+class BatchingConfig(Settings):
+    """Which waiting steps the trunk runs together."""
+
+    max_batch_tokens: PositiveInt = 4096
+    """Tokens that the trunk runs at once: more is faster and takes more memory."""
+    max_batch_rows: PositiveInt = 64
+    """Rows (sequences) that the trunk runs at once."""
+    wait_ms: NonNegativeFloat = 0.0
+    """How long a lone step waits for company; 0 answers soonest."""
+
+
+class SessionConfig(Settings):
+    """What one client's generation may hold on the trunk, and for how long."""
+
+    kv_budget_bytes: PositiveInt = 4 * GIB
+    """Memory for the keys and values of all sessions; a session that does not fit is refused."""
+    session_tokens: PositiveInt = 4096
+    """Longest text of one row of a session; the model's own positions are a limit too."""
+    lease_s: PositiveFloat = 600.0
+    """A session that is idle for longer is closed and its memory freed."""
+    max_sessions: PositiveInt = 1024
+    """Sessions that may be open at once, over all clients."""
+    answer_window: PositiveInt = 4
+    """Answers of a session kept for a client that lost one and asks again."""
+    answer_window_bytes: PositiveInt = 64 * MIB
+    """Memory for kept answers over all sessions; the oldest go first."""
+
+
+class WireLimits(Settings):
+    """What a message may be; checked before anything is allocated for it."""
+
+    max_message_bytes: PositiveInt = 512 * MIB
+    """Largest step or answer, over all its chunks."""
+    chunk_bytes: PositiveInt = 2 * MIB
+    """A larger message is sent in pieces of this size."""
+    max_rows: PositiveInt = 1024
+    """Rows of one step."""
+    max_tokens: PositiveInt = 1 << 20
+    """Rows times tokens of one step."""
+
+
+class ServerConfig(Settings):
+    """What a trunk server is told when it starts."""
+
+    model: str
+    """Folder or hub id of the model whose trunk is held."""
+    bottom_layers: PositiveInt = 2
+    """Layers at the client's lower side; the server holds none of them."""
+    top_layers: int = 2
+    """Layers at the client's upper side; 0 needs `accept_label_leak`."""
+    accept_label_leak: bool = False
+    """Allow 0 top layers, where the returned gradient gives the labels away."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = 50051
+    """Port to listen on; 0 takes a free one."""
+    device: str = "auto"
+    """`cpu`, `cuda` or `cuda:1`; `auto` takes the first GPU if there is one."""
+    dtype: DTypeName = "auto"
+    """Precision of weights and KV cache; "auto" keeps the checkpoint's."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """Attention implementation; "auto" takes the library's choice for this family."""
+    threads: int = 0
+    """CPU threads for the trunk's computation; 0 leaves torch's default."""
+    drain_s: PositiveFloat = 30.0
+    """How long a stopping server lets running steps finish."""
+    checksum: bool = True
+    """Check every tensor with xxh3; unnecessary under TLS, which checks by itself."""
+    max_streams: PositiveInt = 256
+    """Streams that may be open at once."""
+    state_dir: Path | None = None
+    """Folder for what must survive a restart; nothing is written without it."""
+    batching: BatchingConfig = BatchingConfig()
+    sessions: SessionConfig = SessionConfig()
+    limits: WireLimits = WireLimits()
+
+
+class ClientConfig(Settings):
+    """What a client is told when it connects."""
+
+    wire_dtype: DTypeName = "auto"
+    """What activations are sent as; "auto" is the dtype of the client's weights."""
+    connect_s: PositiveFloat = 10.0
+    """How long to wait for the server's first word."""
+    prefill_s: PositiveFloat = 300.0
+    """Deadline of a step with more than `decode_tokens` tokens."""
+    decode_s: PositiveFloat = 60.0
+    """Deadline of a step with few tokens."""
+    decode_tokens: PositiveInt = 64
+    """Steps of up to this many tokens (rows times tokens) count as decode steps."""
+    limits: WireLimits = WireLimits()

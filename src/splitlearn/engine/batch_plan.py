@@ -1,0 +1,45 @@
+"""What the runner is to do now, as a plain value that several devices could follow alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from splitlearn.vocabulary import Phase
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """One forward through the trunk: row i of the batch lies in `slots[i]` and already holds `lengths[i]` tokens.
+
+    Every row gets `tokens` new ones. `steps` names the steps in the order of their rows, `step_rows`
+    how many rows each has. `adapter_slots` is one per row; 0 is the bare base model.
+    """
+
+    steps: tuple[int, ...]
+    step_rows: tuple[int, ...]
+    slots: tuple[int, ...]
+    lengths: tuple[int, ...]
+    tokens: int
+    adapter_slots: tuple[int, ...]
+    phase: Phase = Phase.FORWARD
+
+    def __post_init__(self) -> None:
+        rows = len(self.slots)
+        assert rows == sum(self.step_rows) == len(self.lengths) == len(self.adapter_slots)
+        assert len(set(self.slots)) == rows
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows differ in length, so that the library's own masks do not fit."""
+        return len(set(self.lengths)) > 1
+
+    @property
+    def length(self) -> int:
+        """Columns of the longest row once its new tokens are written."""
+        return max(self.lengths) + self.tokens
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the slots are neighbours in order: the batch is then a view, not a copy."""
+        first = self.slots[0]
+        return self.slots == tuple(range(first, first + len(self.slots)))

@@ -1,0 +1,335 @@
+"""The thread that owns the device: choose which waiting steps run together, run them, answer."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+import structlog
+import torch
+from torch import Tensor
+
+from splitlearn.config import BatchingConfig, SessionConfig
+from splitlearn.engine.batch_plan import BatchPlan
+from splitlearn.engine.batcher import Batcher
+from splitlearn.engine.kv_cache import KvCache
+from splitlearn.engine.ready_step import ReadyStep
+from splitlearn.engine.runner import Ran, Runner, measure_layers
+from splitlearn.engine.session import Session, require_room
+from splitlearn.engine.session_table import SessionTable
+from splitlearn.engine.step import Step
+from splitlearn.engine.step_queue import StepQueue
+from splitlearn.errors import (
+    MessageError,
+    NotServed,
+    ResourceExhausted,
+    SettingError,
+    SplitLearnError,
+    StepOutOfOrder,
+    StepTimeout,
+    TrunkDraining,
+    TrunkFailed,
+)
+from splitlearn.model.segments import TrunkSegment
+from splitlearn.vocabulary import Phase, Timings
+from splitlearn.wire.frames import dtype_name
+from splitlearn.wire.messages import AnswerMessage, CloseMessage, ForkMessage, StepMessage
+
+EXPIRY_CHECK_S = 0.5
+STOP_S = 30.0
+Result = TypeVar("Result")
+log = structlog.get_logger("splitlearn.engine")
+
+
+class Engine:
+    """Others send it steps and await futures; it alone touches the trunk, its KV cache and its sessions."""
+
+    def __init__(self, trunk: TrunkSegment, batching: BatchingConfig, sessions: SessionConfig) -> None:
+        self.trunk = trunk
+        self.kv = _kv_cache(trunk, sessions)
+        self._max_positions = trunk.max_positions
+        self._runner = Runner(trunk, self.kv)
+        self._sessions = SessionTable(self.kv, sessions, trunk.max_positions)
+        self._batcher = Batcher(batching, batched=trunk.batched)
+        self._wait_s = batching.wait_ms / 1000
+        self._queue = StepQueue()
+        self._ready: list[ReadyStep] = []
+        self.lease_s = sessions.lease_s
+        self.last_step_at = time.monotonic()
+        self._stopping = threading.Event()
+        self._draining = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+
+    # Called from any thread.
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the batch that runs; what still waits is answered with TrunkDraining."""
+        self._stopping.set()
+        self._queue.ask(lambda: None)
+        self._thread.join(STOP_S)
+
+    def drain(self) -> None:
+        """Open no further session; those that are open go on."""
+        self._draining.set()
+
+    def submit(self, client: bytes, message: StepMessage) -> Future[AnswerMessage]:
+        """The future of this step's answer; an error arrives as an answer too."""
+        step = Step(client, message)
+        future = step.wait()
+        self._queue.put(step)
+        return future
+
+    def fork(self, client: bytes, message: ForkMessage) -> Future[None]:
+        self._refuse_when_draining()
+        return self._ask(lambda: self._sessions.fork(client, message, time.monotonic()))
+
+    def close(self, client: bytes, message: CloseMessage) -> Future[None]:
+        return self._ask(lambda: self._sessions.close(client, message))
+
+    @property
+    def open_sessions(self) -> int:
+        return len(self._sessions)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether any step waits or runs."""
+        return bool(len(self._queue) or self._ready)
+
+    # The engine's thread.
+
+    def _loop(self) -> None:
+        while not self._stopping.is_set():
+            self._queue.wait(0 if self._ready else EXPIRY_CHECK_S)
+            self._accept()
+            if expired := self._sessions.expire(time.monotonic()):
+                log.info("sessions expired", sessions=expired)
+            if self._ready:
+                self._wait_for_company()
+                self._run_next_batch()
+        self._refuse_the_rest()
+
+    def _accept(self) -> None:
+        requests, steps = self._queue.take()
+        for request in requests:
+            request()
+        for step in steps:
+            self._admit(step)
+
+    def _admit(self, step: Step) -> None:
+        try:
+            self._refuse_unserved(step.message)
+            if step.message.key.session == 0:
+                self._admit_lone(step)
+            else:
+                self._admit_to_session(step)
+        except SplitLearnError as error:
+            step.fail(error)
+
+    def _admit_lone(self, step: Step) -> None:
+        message = step.message
+        if message.open or message.keep_positions is not None or message.select_rows is not None:
+            raise MessageError("a step without a session has nothing to open, to keep or to select")
+        require_room(message, 0, self.kv.slot_tokens, self._max_positions)
+        self._ready.append(ReadyStep(step, None))
+
+    def _admit_to_session(self, step: Step) -> None:
+        key = step.message.key
+        session = self._sessions.enter(step.client, step.message, time.monotonic())
+        if (running := session.running) is not None:
+            if running.message.key != key:
+                raise StepOutOfOrder(
+                    f"step {key.step} came while step {running.message.key.step} of its session runs",
+                    facts={"current_step": session.next_step},
+                )
+            running.waiting.extend(step.waiting)
+        elif kept := self._sessions.kept_answer(session, key.step):
+            step.answer(kept)
+        else:
+            self._sessions.check(session, step.message)
+            session.running = step
+            self._ready.append(ReadyStep(step, session))
+
+    def _wait_for_company(self) -> None:
+        if self._wait_s and len(self._ready) < len(self._sessions):
+            self._queue.wait(self._wait_s)
+            self._accept()
+
+    def _run_next_batch(self) -> None:
+        self._give_up_late_steps()
+        if not self._ready:
+            return
+        batch = self._batcher.choose(self._ready)
+        self._ready = [waiting for waiting in self._ready if waiting not in batch]
+        started = self.last_step_at = time.monotonic()
+        if prepared := [member for member in batch if self._prepare(member)]:
+            self._run_or_split(prepared, started)
+
+    def _give_up_late_steps(self) -> None:
+        now = time.monotonic()
+        for late in [r for r in self._ready if r.step.is_late(now) or r.step.is_cancelled]:
+            self._ready.remove(late)
+            self._release(late)
+            late.step.fail(StepTimeout("the step waited longer than its deadline and was not run: ask again"))
+
+    def _prepare(self, member: ReadyStep) -> bool:
+        """Bring the session into the state that its step starts from; a step that cannot is answered."""
+        if member.session is None:
+            return True
+        if member.session.running is not member.step:
+            return False
+        try:
+            member.session.prepare(member.step.message, self.kv)
+        except SplitLearnError as error:
+            self._release(member)
+            member.step.fail(error)
+            return False
+        return True
+
+    def _run_or_split(self, batch: list[ReadyStep], started: float) -> None:
+        """A batch that fails runs again one by one, so that one member's fault is not the others'."""
+        try:
+            ran = self._run(batch)
+        except Exception as error:
+            if len(batch) > 1:
+                for member in batch:
+                    self._run_or_split([member], started)
+            else:
+                self._fail(batch[0], error)
+        else:
+            self._answer(batch, ran, started)
+
+    def _run(self, batch: list[ReadyStep]) -> Ran:
+        if batch[0].session is None:
+            message = batch[0].step.message
+            return self._runner.run_without_cache(
+                message.activation_BTD, message.mask_columns_BT, message.positions_BT
+            )
+        plan = _plan_of(batch)
+        messages = [member.step.message for member in batch]
+        return self._runner.run(
+            plan,
+            torch.cat([message.activation_BTD.to(self.trunk.dtype) for message in messages])
+            if len(messages) > 1
+            else messages[0].activation_BTD,
+            _positions_of(batch),
+            padded=any(_session_of(member).padded for member in batch),
+            autocast=_session_of(batch[0]).precision.autocast,
+        )
+
+    def _answer(self, batch: list[ReadyStep], ran: Ran, started: float) -> None:
+        rows = [member.step.message.rows for member in batch]
+        for member, activation_BTD in zip(batch, ran.activation_BTD.split(rows), strict=True):
+            message = member.step.message
+            queued_us = int((started - member.step.arrived_at) * 1e6)
+            answer = AnswerMessage(
+                message.key,
+                activation_BTD.to(message.activation_BTD.dtype),
+                Timings(queued_us=queued_us, device_us=ran.device_us),
+            )
+            if member.session is not None:
+                # Kept before it leaves: a client that loses the reply asks for the same step again.
+                self._sessions.advance(member.session, message.tokens, answer)
+            member.step.answer(answer)
+
+    def _fail(self, member: ReadyStep, error: Exception) -> None:
+        """The session's slots may be half written: it is lost, and its client told so."""
+        if member.session is not None:
+            self._sessions.drop(member.session)
+        if isinstance(error, SplitLearnError):
+            member.step.fail(error)
+        elif isinstance(error, torch.OutOfMemoryError):
+            member.step.fail(ResourceExhausted("the trunk's device ran out of memory at this step: use fewer rows"))
+        else:
+            incident = uuid.uuid4().hex[:8]
+            log.exception("step failed", incident=incident, exc_info=error)
+            member.step.fail(
+                TrunkFailed(f"the trunk failed at this step; the server's log has the cause as incident {incident}")
+            )
+
+    def _release(self, member: ReadyStep) -> None:
+        if member.session is not None and member.session.running is member.step:
+            member.session.running = None
+
+    def _refuse_unserved(self, message: StepMessage) -> None:
+        if message.key.run or message.key.phase is not Phase.FORWARD:
+            raise NotServed("this server generates; it does not train yet")
+        if message.open is not None:
+            self._refuse_when_draining()
+            self._check_precision(message.open.precision.weights)
+
+    def _check_precision(self, weights: str) -> None:
+        held = dtype_name(self.trunk.dtype)
+        if weights not in ("", held):
+            raise SettingError(f"the session wants weights in {weights}, this trunk holds {held}")
+
+    def _refuse_when_draining(self) -> None:
+        if self._draining.is_set():
+            raise TrunkDraining("the server is stopping and opens no new session: try another, or later")
+
+    def _refuse_the_rest(self) -> None:
+        self._accept()
+        for member in self._ready:
+            member.step.fail(TrunkDraining("the server stopped before this step ran: try another, or later"))
+        self._ready.clear()
+
+    def _ask(self, work: Callable[[], Result]) -> Future[Result]:
+        future: Future[Result] = Future()
+
+        def request() -> None:
+            try:
+                future.set_result(work())
+            except SplitLearnError as error:
+                future.set_exception(error)
+
+        self._queue.ask(request)
+        return future
+
+
+def _kv_cache(trunk: TrunkSegment, config: SessionConfig) -> KvCache:
+    tokens = min(config.session_tokens, trunk.max_positions or config.session_tokens)
+    return KvCache(
+        measure_layers(trunk),
+        budget_bytes=config.kv_budget_bytes,
+        slot_tokens=tokens,
+        dtype=trunk.dtype,
+        device=trunk.device,
+    )
+
+
+def _plan_of(batch: list[ReadyStep]) -> BatchPlan:
+    sessions = [_session_of(member) for member in batch]
+    return BatchPlan(
+        steps=tuple(member.step.message.key.step for member in batch),
+        step_rows=tuple(session.rows for session in sessions),
+        slots=tuple(slot for session in sessions for slot in session.slots),
+        lengths=tuple(session.length for session in sessions for _ in session.slots),
+        tokens=batch[0].step.message.tokens,
+        adapter_slots=(0,) * sum(session.rows for session in sessions),
+    )
+
+
+def _positions_of(batch: list[ReadyStep]) -> Tensor | None:
+    """None where every row's positions go on from its length."""
+    if all(member.step.message.positions_BT is None for member in batch):
+        return None
+    return torch.cat([_row_positions(member) for member in batch])
+
+
+def _row_positions(member: ReadyStep) -> Tensor:
+    message = member.step.message
+    if message.positions_BT is not None:
+        return message.positions_BT
+    start = _session_of(member).length
+    return torch.arange(start, start + message.tokens).expand(message.rows, message.tokens)
+
+
+def _session_of(member: ReadyStep) -> Session:
+    assert member.session is not None
+    return member.session

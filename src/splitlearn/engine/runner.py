@@ -1,0 +1,134 @@
+"""Runs a batch through the trunk: nothing here knows sessions, only slots and lengths."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from splitlearn.engine.batch_plan import BatchPlan
+from splitlearn.engine.kv_cache import KvCache, LayerShape
+from splitlearn.engine.slot_cache import SlotCache
+from splitlearn.model.masks import ragged
+from splitlearn.model.segments import TrunkSegment
+from splitlearn.wire.frames import dtype_named
+
+# B rows   T new tokens   D hidden   K columns
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What a forward gave, and how long the device worked on it."""
+
+    activation_BTD: Tensor
+    device_us: int
+
+
+class Runner:
+    """The trunk with its KV cache."""
+
+    def __init__(self, trunk: TrunkSegment, kv: KvCache) -> None:
+        self._trunk = trunk
+        self._kv = kv
+        self._cache = SlotCache(kv, list(trunk.sliding_window))
+
+    def run(
+        self,
+        plan: BatchPlan,
+        activation_BTD: Tensor,
+        positions_BT: Tensor | None,
+        *,
+        padded: bool,
+        autocast: str = "",
+    ) -> Ran:
+        """Forward of the plan's rows, their keys and values written into their slots.
+
+        `positions_BT` is None where each row's positions go on from its length; `padded` says
+        whether any row has tokens that may not be looked at.
+        """
+        self._cache.begin(plan)
+        columns_BT = torch.tensor(plan.lengths)[:, None] + torch.arange(plan.tokens)
+        visible_BK = self._kv.visible_SL[list(plan.slots), : plan.length] if padded else None
+        with self._ready(autocast), self._timed(activation_BTD.device) as clock:
+            if plan.ragged:
+                with ragged(columns_BT.to(self._trunk.device), visible_BK):
+                    out_BTD = self._forward(activation_BTD, None, positions_BT, columns_BT)
+            else:
+                # Some families compute on the mask, so it goes as the numbers they are used to.
+                mask_BK = None if visible_BK is None else visible_BK.long()
+                out_BTD = self._forward(activation_BTD, mask_BK, positions_BT, columns_BT)
+        return Ran(out_BTD, clock.us)
+
+    def run_without_cache(
+        self,
+        activation_BTD: Tensor,
+        mask_BT: Tensor | None,
+        positions_BT: Tensor | None,
+        *,
+        autocast: str = "",
+    ) -> Ran:
+        """Forward of whole sequences; nothing is kept."""
+        device = self._trunk.device
+        with self._ready(autocast), self._timed(device) as clock:
+            out_BTD = self._trunk(
+                activation_BTD.to(device, self._trunk.dtype),
+                attention_mask=None if mask_BT is None else mask_BT.long().to(device),
+                position_ids=_positions(activation_BTD, positions_BT).to(device),
+            )
+        return Ran(out_BTD, clock.us)
+
+    def _forward(
+        self, activation_BTD: Tensor, mask_BK: Tensor | None, positions_BT: Tensor | None, columns_BT: Tensor
+    ) -> Tensor:
+        device = self._trunk.device
+        out_BTD: Tensor = self._trunk(
+            activation_BTD.to(device, self._trunk.dtype),
+            attention_mask=mask_BK,
+            position_ids=(columns_BT if positions_BT is None else positions_BT).to(device),
+            past_key_values=self._cache,
+        )
+        return out_BTD
+
+    @contextlib.contextmanager
+    def _ready(self, autocast: str) -> Iterator[None]:
+        kind = dtype_named(autocast) if autocast else None
+        with torch.inference_mode(), torch.autocast(self._trunk.device.type, kind, enabled=kind is not None):
+            yield
+
+    @contextlib.contextmanager
+    def _timed(self, device: torch.device) -> Iterator[_Clock]:
+        clock = _Clock()
+        started = time.perf_counter()
+        yield clock
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        clock.us = int((time.perf_counter() - started) * 1e6)
+
+
+@dataclass(slots=True)
+class _Clock:
+    us: int = 0
+
+
+def measure_layers(trunk: TrunkSegment) -> list[LayerShape]:
+    """What each layer keeps of a token, learnt from one token through the trunk."""
+    cache = DynamicCache(config=trunk.config)
+    token_BTD = torch.zeros(1, 1, trunk.hidden_size, dtype=trunk.dtype, device=trunk.device)
+    with torch.inference_mode():
+        trunk(token_BTD, position_ids=torch.zeros(1, 1, dtype=torch.long, device=trunk.device), past_key_values=cache)
+    return [
+        LayerShape(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])
+        for layer in cache.layers[: trunk.num_layers]
+    ]
+
+
+def _positions(activation_BTD: Tensor, positions_BT: Tensor | None) -> Tensor:
+    if positions_BT is not None:
+        return positions_BT
+    rows, tokens = activation_BTD.shape[:2]
+    return torch.arange(tokens).expand(rows, tokens)

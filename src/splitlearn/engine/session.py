@@ -1,0 +1,112 @@
+"""One client's generation on the trunk: its slots, its length and its numbered steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from splitlearn.engine.kv_cache import KvCache
+from splitlearn.engine.step import Step
+from splitlearn.errors import MessageError, SessionTooLong
+from splitlearn.vocabulary import Precision
+from splitlearn.wire.messages import StepMessage
+
+SessionId = tuple[bytes, int]
+"""Its client's id and the number that the client gave it."""
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """Rows of equal length in slots of the KV cache; changed by the engine's thread alone."""
+
+    id: SessionId
+    incarnation: int
+    precision: Precision
+    slots: tuple[int, ...]
+    lease_until: float
+    length: int = 0
+    padded: bool = False
+    next_step: int = 1
+    running: Step | None = None
+
+    @property
+    def rows(self) -> int:
+        return len(self.slots)
+
+    def check(self, message: StepMessage, slot_tokens: int, max_positions: int | None) -> None:
+        """Whether the step fits this session; nothing is changed yet.
+
+        Raises:
+            MessageError: rows or lengths do not fit the session.
+            SessionTooLong: the rows would outgrow the slots or the model's positions.
+        """
+        kept = self.length if message.keep_positions is None else message.keep_positions
+        if kept > self.length:
+            raise MessageError(f"keep_positions is {kept}, the session holds {self.length}")
+        self._check_rows(message)
+        require_room(message, kept, slot_tokens, max_positions)
+
+    def _check_rows(self, message: StepMessage) -> None:
+        if message.select_rows is None:
+            if message.rows != self.rows:
+                raise MessageError(f"a step of {message.rows} rows for a session of {self.rows}")
+        elif max(message.select_rows) >= self.rows:
+            raise MessageError(f"select_rows names row {max(message.select_rows)} of {self.rows}")
+
+    def prepare(self, message: StepMessage, kv: KvCache) -> None:
+        """Crop and select as the step says, and note which of its new columns count.
+
+        Raises:
+            KvBudgetExceeded: there is no room for further rows; nothing was changed.
+        """
+        if message.select_rows is not None:
+            self._select(message.select_rows, kv)
+        if message.keep_positions is not None and message.keep_positions < self.length:
+            kv.wipe(self.slots, message.keep_positions, self.length)
+            self.length = message.keep_positions
+        if message.mask_columns_BT is not None:
+            self.padded = True
+            kv.hide(self.slots, self.length, message.mask_columns_BT)
+
+    def _select(self, rows: Sequence[int], kv: KvCache) -> None:
+        """Make `rows` the session's rows, in this order.
+
+        A row keeps its slot at its first mention, so that beams which go on as they are cost
+        nothing; further mentions are copied into the slots of rows that are gone, or into new ones.
+        """
+        first_place: dict[int, int] = {}
+        copies = [place for place, row in enumerate(rows) if first_place.setdefault(row, place) != place]
+        spare = [slot for row, slot in enumerate(self.slots) if row not in first_place]
+        if len(copies) > len(spare):
+            spare.extend(kv.take(len(copies) - len(spare)))
+        slots = [self.slots[row] for row in rows]
+        for place, slot in zip(copies, spare, strict=False):
+            kv.copy(self.slots[rows[place]], slot, self.length)
+            slots[place] = slot
+        if unused := spare[len(copies) :]:
+            kv.give_back(unused, self.length)
+        self.slots = tuple(slots)
+
+
+def require_room(message: StepMessage, kept: int, slot_tokens: int, max_positions: int | None) -> None:
+    """Raises SessionTooLong where rows of `kept` tokens and the step's fit neither a slot nor the model."""
+    length = kept + message.tokens
+    if max_positions is not None:
+        positions_BT = message.positions_BT
+        last = length - 1 if positions_BT is None else int(positions_BT.max())
+        require_position(last, max_positions)
+    if length > slot_tokens:
+        raise SessionTooLong(
+            f"the text would be {length:,} tokens long, a session of this server holds {slot_tokens:,}: "
+            "shorten it, or start the server with a larger --session-tokens",
+            facts={"tokens": length, "session_tokens": slot_tokens},
+        )
+
+
+def require_position(position: int, max_positions: int) -> None:
+    """Raises SessionTooLong where the model has no such position."""
+    if position >= max_positions:
+        raise SessionTooLong(
+            f"the text would be {position + 1:,} tokens long, the model has {max_positions:,} positions: shorten it",
+            facts={"tokens": position + 1, "max_positions": max_positions},
+        )

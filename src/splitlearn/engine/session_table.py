@@ -1,0 +1,178 @@
+"""All sessions of the trunk: opened, found, forked, closed, expired."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+
+from splitlearn.config import SessionConfig
+from splitlearn.engine.answer_window import AnswerWindow
+from splitlearn.engine.kv_cache import KvCache
+from splitlearn.engine.session import Session, SessionId, require_room
+from splitlearn.errors import (
+    AdapterError,
+    MessageError,
+    ResourceExhausted,
+    SessionExpired,
+    SessionLost,
+    StepOutOfOrder,
+)
+from splitlearn.vocabulary import Precision
+from splitlearn.wire.messages import AnswerMessage, CloseMessage, ForkMessage, OpenSession, StepMessage
+
+REMEMBERED_EXPIRIES = 4096
+
+
+class SessionTable:
+    """Belongs to the engine's thread. A session is its client's own: the client's id is part of its name."""
+
+    def __init__(self, kv: KvCache, config: SessionConfig, max_positions: int | None) -> None:
+        self._kv = kv
+        self._config = config
+        self._max_positions = max_positions
+        self._answers = AnswerWindow(config.answer_window, config.answer_window_bytes)
+        self._sessions: dict[SessionId, Session] = {}
+        self._expired: OrderedDict[SessionId, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def enter(self, client: bytes, message: StepMessage, now: float) -> Session:
+        """The session that this step belongs to, opened if the step says so, its lease renewed.
+
+        Raises:
+            SessionLost, SessionExpired: it is not here; MessageError, AdapterError: it cannot be opened so;
+            SessionTooLong, KvBudgetExceeded, ResourceExhausted: there is no room for it.
+        """
+        id = (client, message.key.session)
+        if message.open is not None and not self._is_open(id, message.key.incarnation):
+            session = self._open_for(id, message, message.open, now)
+        else:
+            session = self.find(id, message.key.incarnation)
+        session.lease_until = now + self._config.lease_s
+        self._answers.release(id, message.acked_through)
+        return session
+
+    def kept_answer(self, session: Session, step: int) -> AnswerMessage | None:
+        """The answer to a step that was done already; None where the step is the next one.
+
+        Raises:
+            StepOutOfOrder: the step is neither kept nor the next one.
+        """
+        if step == session.next_step:
+            return None
+        if kept := self._answers.get(session.id, step):
+            return kept
+        why = "its answer is no longer kept" if step < session.next_step else "it skips steps"
+        raise StepOutOfOrder(
+            f"step {step} cannot be done: {why}; the next is step {session.next_step}",
+            facts={"current_step": session.next_step},
+        )
+
+    def check(self, session: Session, message: StepMessage) -> None:
+        """Raises MessageError or SessionTooLong where the step does not fit; nothing is changed."""
+        session.check(message, self._kv.slot_tokens, self._max_positions)
+
+    def advance(self, session: Session, tokens: int, answer: AnswerMessage) -> None:
+        """The session's next step is done; its answer is kept before it leaves."""
+        self._answers.keep(session.id, session.next_step, answer)
+        session.length += tokens
+        session.next_step += 1
+        session.running = None
+
+    def find(self, id: SessionId, incarnation: int) -> Session:
+        """Raises SessionLost, or SessionExpired where that is why it is gone."""
+        if id in self._expired:
+            raise SessionExpired(
+                f"session {id[1]} was idle for over {self._config.lease_s:g} s and was closed: "
+                "generate again from the prompt, or start the server with a longer --lease"
+            )
+        if not self._is_open(id, incarnation):
+            raise SessionLost(
+                f"session {id[1]} is not held here (it was closed, or the server restarted): "
+                "generate again from the prompt"
+            )
+        return self._sessions[id]
+
+    def fork(self, client: bytes, message: ForkMessage, now: float) -> None:
+        """Copy a session as it stands, under the new name.
+
+        Raises:
+            SessionLost: there is no such session; StepOutOfOrder: it is elsewhere than the client thinks;
+            MessageError: the new name is taken; KvBudgetExceeded, ResourceExhausted: no room.
+        """
+        parent = self.find((client, message.session), message.incarnation)
+        if message.at_step != parent.next_step - 1 or parent.running is not None:
+            raise StepOutOfOrder(
+                f"a fork after step {message.at_step} of a session that stands at step {parent.next_step}",
+                facts={"current_step": parent.next_step},
+            )
+        id = (client, message.into)
+        if id in self._sessions:
+            raise MessageError(f"session {message.into} is open already: a fork needs a name of its own")
+        child = self._open(id, message.incarnation, parent.rows, parent.precision, now)
+        for source, target in zip(parent.slots, child.slots, strict=True):
+            self._kv.copy(source, target, parent.length)
+        child.length, child.padded = parent.length, parent.padded
+
+    def close(self, client: bytes, message: CloseMessage) -> None:
+        """Free the session's slots; closing what is not there is no error."""
+        id = (client, message.session)
+        if self._is_open(id, message.incarnation):
+            self.drop(self._sessions[id])
+
+    def drop(self, session: Session) -> None:
+        """Free all that the session holds, whatever state it is in."""
+        # A step that failed may have written beyond the session's length.
+        written = session.length + (session.running.message.tokens if session.running else 0)
+        del self._sessions[session.id]
+        self._answers.forget(session.id)
+        self._kv.give_back(session.slots, min(written, self._kv.slot_tokens))
+
+    def expire(self, now: float) -> int:
+        """Close the sessions whose lease ran out while nothing of theirs waited; how many they were."""
+        late = [s for s in self._sessions.values() if s.lease_until < now and s.running is None]
+        for session in late:
+            self.drop(session)
+            self._expired[session.id] = None
+        while len(self._expired) > REMEMBERED_EXPIRIES:
+            self._expired.popitem(last=False)
+        return len(late)
+
+    def _is_open(self, id: SessionId, incarnation: int) -> bool:
+        return id in self._sessions and self._sessions[id].incarnation == incarnation
+
+    def _open_for(self, id: SessionId, message: StepMessage, opening: OpenSession, now: float) -> Session:
+        if not id[1] or message.key.step != 1:
+            raise MessageError("a session opens with a number of its own and its step 1")
+        if message.keep_positions or message.select_rows is not None:
+            raise MessageError("a session that opens has nothing to keep or to select")
+        if opening.adapter.adapter:
+            raise AdapterError(f"this server has no adapter {opening.adapter.adapter!r}; leave it out")
+        require_room(message, 0, self._kv.slot_tokens, self._max_positions)
+        if (older := self._sessions.get(id)) is not None:
+            self._fence(older, message.key.incarnation)
+        return self._open(id, message.key.incarnation, message.rows, opening.precision, now)
+
+    def _fence(self, older: Session, incarnation: int) -> None:
+        """A newer incarnation takes the name over; an older one is turned away."""
+        if incarnation < older.incarnation or older.running is not None:
+            raise SessionLost(
+                f"session {older.id[1]} was opened again as incarnation {older.incarnation}: use that one"
+            )
+        self.drop(older)
+
+    def _open(
+        self, id: SessionId, incarnation: int, rows: int, precision: Precision, now: float
+    ) -> Session:
+        if len(self._sessions) >= self._config.max_sessions:
+            raise ResourceExhausted(
+                f"{len(self._sessions)} sessions are open, this server allows {self._config.max_sessions}: "
+                "wait for others to end",
+                facts={"sessions": len(self._sessions), "max_sessions": self._config.max_sessions},
+            )
+        lease_until = now + self._config.lease_s
+        session = Session(id, incarnation, precision, self._kv.take(rows), lease_until)
+        self._sessions[id] = session
+        self._expired.pop(id, None)
+        return session

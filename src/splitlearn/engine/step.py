@@ -1,0 +1,42 @@
+"""One step as it waits: what is asked, by whom, since when, and who waits for the answer."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from splitlearn.errors import SplitLearnError
+from splitlearn.wire.messages import AnswerMessage, StepMessage
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """A step is answered once; several may wait for it, if a client asked again meanwhile."""
+
+    client: bytes
+    message: StepMessage
+    arrived_at: float = field(default_factory=time.monotonic)
+    waiting: list[Future[AnswerMessage]] = field(default_factory=list)
+
+    def wait(self) -> Future[AnswerMessage]:
+        future: Future[AnswerMessage] = Future()
+        self.waiting.append(future)
+        return future
+
+    def answer(self, answer: AnswerMessage) -> None:
+        for future in self.waiting:
+            if future.set_running_or_notify_cancel():
+                future.set_result(answer)
+
+    def fail(self, error: SplitLearnError) -> None:
+        self.answer(AnswerMessage(self.message.key, error=error))
+
+    def is_late(self, now: float) -> bool:
+        """Whether its client has given up on it."""
+        deadline_s = self.message.deadline_s
+        return bool(deadline_s) and now - self.arrived_at > deadline_s
+
+    @property
+    def is_cancelled(self) -> bool:
+        return all(future.cancelled() for future in self.waiting)

@@ -1,0 +1,145 @@
+"""Every error a user can meet, in one tree; each says what to do and whether trying again can help.
+
+Each class names the wire code it travels under. A server raises the class, the client
+receives the same class again with the same words (`splitlearn.wire.status`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class SplitLearnError(Exception):
+    """Root of the tree.
+
+    `facts` are the figures behind the message (bytes, steps, limits) for programs that act on them.
+    """
+
+    retryable = False
+
+    def __init__(self, message: str, *, facts: Mapping[str, str | int | float] | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.facts = dict(facts or {})
+
+
+# What the user asked for cannot be done as it stands.
+
+
+class SettingError(SplitLearnError):
+    """A setting is out of its range or contradicts another."""
+
+
+class SplitPlanError(SettingError):
+    """The cut leaves no trunk, or takes more layers than the model has."""
+
+
+class UnsupportedModel(SplitLearnError):
+    """This family, or this kind of checkpoint, is not proven to be cut exactly; nothing was loaded."""
+
+
+class CheckpointError(SplitLearnError):
+    """A model folder or hub id cannot be read: missing, torn, pickled, or of another split."""
+
+
+class UnsupportedCall(SplitLearnError):
+    """The client's model refuses this call, because its result would be wrong."""
+
+
+class AdapterError(SplitLearnError):
+    """A LoRA setting or an adapter's tensors are not acceptable here."""
+
+
+# The trunk cannot be reached, or is not the one that was meant.
+
+
+class TrunkUnreachable(SplitLearnError):
+    """Nothing answers at this address, or the connection broke."""
+
+    retryable = True
+
+
+class TrunkDraining(TrunkUnreachable):
+    """The server is stopping: running steps finish, new sessions are refused."""
+
+
+class NotATrunk(SplitLearnError):
+    """Something answers at this address, but it is not a SplitLearn server."""
+
+
+class ProtocolMismatch(SplitLearnError):
+    """Client and server speak different versions of the protocol."""
+
+
+class ModelMismatch(SplitLearnError):
+    """The server holds the trunk of another model, for example the base of an instruct version."""
+
+
+class SplitMismatch(ModelMismatch):
+    """The server holds the same model, cut elsewhere."""
+
+
+class AccessDenied(SplitLearnError):
+    """The server wants credentials, or these credentials do not own what was named."""
+
+
+# A message is not what it should be.
+
+
+class FrameError(SplitLearnError):
+    """A tensor on the wire is malformed: dtype, shape, size, codec or role."""
+
+
+class CorruptFrame(FrameError):
+    """A tensor's bytes do not match their checksum: the network or the memory changed them."""
+
+    retryable = True
+
+
+class MessageError(SplitLearnError):
+    """A message's fields contradict each other or the session's state."""
+
+
+# Steps, sessions, limits.
+
+
+class StepOutOfOrder(SplitLearnError):
+    """The step is not the one that comes next; `facts` has the server's `current_step`."""
+
+
+class SessionLost(SplitLearnError):
+    """The server no longer holds this session: generate again from the prompt."""
+
+    retryable = True
+
+
+class SessionExpired(SessionLost):
+    """The session was idle longer than its lease and was closed."""
+
+
+class SessionTooLong(SplitLearnError):
+    """The text is longer than the model's positions or than a session may hold."""
+
+
+class ResourceExhausted(SplitLearnError):
+    """The server has no room for this now; `facts` has what is wanted, free and total."""
+
+    retryable = True
+
+
+class KvBudgetExceeded(ResourceExhausted):
+    """The session's keys and values do not fit into the server's KV budget."""
+
+
+class StepTimeout(SplitLearnError):
+    """The answer did not come within the deadline."""
+
+    retryable = True
+
+
+class NotServed(SplitLearnError):
+    """The protocol has this call, but this server does not serve it."""
+
+
+class TrunkFailed(SplitLearnError):
+    """The server failed at this step; its log has the cause under the id in the message."""

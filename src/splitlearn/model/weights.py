@@ -1,0 +1,145 @@
+"""Building the client's model, or the trunk, with only its own tensors read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import logging
+
+from splitlearn.errors import CheckpointError, SettingError
+from splitlearn.model.checkpoint import Checkpoint, Side
+from splitlearn.model.families import causal_lm_class
+from splitlearn.model.fingerprint import Fingerprint, hash_config, hash_weights, split_of
+from splitlearn.model.plan import SplitPlan
+from splitlearn.model.segments import TrunkSegment, client_class, trunk_class
+
+_FILE_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_NAMED_IN_AN_ERROR = 3
+
+
+def load_client(
+    checkpoint: Checkpoint,
+    plan: SplitPlan,
+    remote: Callable[[], nn.Module],
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """The library's own causal LM with bottom and top weights and `remote()` in the trunk's place."""
+    whole_class = causal_lm_class(checkpoint.config)
+    cut_class = client_class(whole_class, plan, remote)
+    model = _load(cut_class, checkpoint, "client", plan, dtype, device, attn_implementation)
+    model.config.name_or_path = model.name_or_path = checkpoint.source
+    generation_file = checkpoint.find("generation_config.json")
+    if generation_file is not None:
+        model.generation_config = GenerationConfig.from_pretrained(str(generation_file.parent))
+    return model
+
+
+def load_trunk(
+    checkpoint: Checkpoint,
+    plan: SplitPlan,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    attn_implementation: str | None = None,
+) -> TrunkSegment:
+    """The trunk's layers with their weights, ready to run."""
+    cut_class = trunk_class(causal_lm_class(checkpoint.config), plan)
+    causal_lm = _load(cut_class, checkpoint, "trunk", plan, dtype, device, attn_implementation)
+    return TrunkSegment(causal_lm, plan, checkpoint.family).eval()
+
+
+def fingerprint(checkpoint: Checkpoint, plan: SplitPlan) -> Fingerprint:
+    """Over the configuration and the bottom and top tensors, which both sides' folders know of."""
+    config_hash = hash_config(checkpoint.config)
+    if checkpoint.note is not None and checkpoint.note.side == "trunk":
+        checkpoint.check_serves("trunk", plan)
+        weights_hash = checkpoint.note.fingerprint.weights_hash
+    else:
+        weights_hash = hash_weights(checkpoint.entries(checkpoint.keys_of("client", plan)))
+    return Fingerprint(config_hash, split_of(plan), weights_hash)
+
+
+def resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint) -> torch.dtype:
+    """What "auto" means for this checkpoint, the same for client and trunk."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        dtype = str(checkpoint.config.dtype or _stored_dtype(checkpoint)).removeprefix("torch.")
+    if dtype not in _FILE_DTYPES.values():
+        known = ", ".join(sorted(_FILE_DTYPES.values()))
+        raise SettingError(f"dtype {dtype!r} is not known; take auto or one of {known}")
+    resolved: torch.dtype = getattr(torch, dtype)
+    return resolved
+
+
+def _load(
+    cut_class: type[PreTrainedModel],
+    checkpoint: Checkpoint,
+    side: Side,
+    plan: SplitPlan,
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+    attn_implementation: str | None,
+) -> PreTrainedModel:
+    checkpoint.check_serves(side, plan)
+    how: dict[str, Any] = {"dtype": resolve_dtype(dtype, checkpoint)}
+    if attn_implementation is not None:
+        how["attn_implementation"] = attn_implementation
+    if torch.device(device).type != "cpu":
+        how["device_map"] = {"": torch.device(device)}  # each tensor goes there as it is read
+    with _quiet(), checkpoint.slices(checkpoint.keys_of(side, plan)) as tensors:
+        model, told = cut_class.from_pretrained(
+            None, config=checkpoint.config, state_dict=tensors, output_loading_info=True, **how
+        )
+    _check_complete(checkpoint, side, told)
+    return model.eval()
+
+
+def _check_complete(checkpoint: Checkpoint, side: Side, told: dict[str, Any]) -> None:
+    """The library fills what is missing with random numbers; here it is an error."""
+    faults = {
+        "lacks": told["missing_keys"],
+        "has too much": told["unexpected_keys"],
+        "has other shapes for": [str(each) for each in told["mismatched_keys"]],
+    }
+    said = [f"{what} {_some(names)}" for what, names in faults.items() if names]
+    said += [str(message) for message in told.get("error_msgs") or ()]
+    if said:
+        raise CheckpointError(
+            f"{checkpoint.source} does not fit its configuration for the {side}: it "
+            f"{'; '.join(said)}. Download it again, or check that config.json is its own"
+        )
+
+
+def _some(names: Any) -> str:
+    names = sorted(names)
+    more = len(names) - _NAMED_IN_AN_ERROR
+    return ", ".join(names[:_NAMED_IN_AN_ERROR]) + (f" and {more} more" if more > 0 else "")
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> str:
+    """The first floating tensor's, as the library decides it where the configuration is silent."""
+    for _, entry in checkpoint.entries(checkpoint.keys).values():
+        if entry.dtype in _FILE_DTYPES:
+            return _FILE_DTYPES[entry.dtype]
+    return "float32"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar and no report: what goes wrong becomes one error."""
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""What tests stand on, ours and our users': tiny models of every family."""

@@ -1,0 +1,83 @@
+"""The project's nouns: what a step, its phase, its precision and a tensor's role are called everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Phase(Enum):
+    """What a step does. Generation knows `FORWARD` only; the others belong to a run."""
+
+    FORWARD = 0
+    BACKWARD = 1
+    GRADIENT_NORMS = 2
+    OPTIMIZER_STEP = 3
+    EVALUATE = 4
+
+
+class Role(Enum):
+    """What a tensor on the wire is. The list is closed: a token, a label or a logit has no place in it."""
+
+    ACTIVATION = 0
+    GRADIENT = 1
+    MASK_COLUMNS = 2
+    POSITIONS = 3
+    SEGMENT_IDS = 4
+    KEYS = 5
+    VALUES = 6
+    WEIGHT = 7
+    NORMS = 8
+
+
+class CodecId(Enum):
+    """How a tensor's values are written down."""
+
+    RAW = 0
+    HALF = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Three settings that never imply one another; each is a dtype's name ("float32", "bfloat16", "float16").
+
+    `weights` is the trunk's dtype (and its KV cache's), `autocast` what matrix products run in
+    ("" is off), `wire` what activations are sent as.
+    """
+
+    weights: str = ""
+    autocast: str = ""
+    wire: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StepKey:
+    """Names one unit of work of one client, so that asked twice it is done once.
+
+    Exactly one of `session` and `run` is not zero, except for a lone forward without a cache, where
+    both are. `incarnation` counts the (re)openings: work of an older one is fenced off.
+    """
+
+    session: int = 0
+    run: int = 0
+    incarnation: int = 0
+    step: int = 0
+    microbatch: int = 0
+    phase: Phase = Phase.FORWARD
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the server's share of a step went, in microseconds."""
+
+    queued_us: int = 0
+    device_us: int = 0
+    copied_us: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Versions:
+    """Which adapter, at which version, answered; version 0 is the bare base model."""
+
+    adapter: str = ""
+    version: int = field(default=0)

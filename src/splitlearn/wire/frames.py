@@ -1,0 +1,148 @@
+"""A tensor on the wire: encoded with its checksum, and checked field by field before torch sees it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import xxhash
+from torch import Tensor
+
+from splitlearn.errors import CorruptFrame, FrameError
+from splitlearn.vocabulary import CodecId, Role
+from splitlearn.wire.codecs import codec_of
+from splitlearn.wire.generated import splitlearn_pb2 as pb
+
+MAX_RANK = 4
+MAX_DIMENSION = 1 << 31
+
+DTYPES: dict[pb.DType, torch.dtype] = {
+    pb.FLOAT32: torch.float32,
+    pb.BFLOAT16: torch.bfloat16,
+    pb.FLOAT16: torch.float16,
+    pb.INT64: torch.int64,
+    pb.INT32: torch.int32,
+    pb.UINT8: torch.uint8,
+    pb.INT8: torch.int8,
+    pb.BOOL: torch.bool,
+}
+DTYPE_IDS = {kind: wire_id for wire_id, kind in DTYPES.items()}
+
+FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
+DTYPES_OF_ROLE: dict[Role, frozenset[torch.dtype]] = {
+    Role.MASK_COLUMNS: frozenset({torch.bool}),
+    Role.POSITIONS: frozenset({torch.int32}),
+    Role.SEGMENT_IDS: frozenset({torch.int32}),
+}
+NAME_OF_ROLE = {role: role.name.lower().replace("_", " ") for role in Role}
+
+
+@dataclass(frozen=True, slots=True)
+class FrameFormat:
+    """How the two sides agreed to write tensors down."""
+
+    codec: CodecId = CodecId.RAW
+    checksum: bool = True
+
+
+def encode_frame(tensor: Tensor, role: Role, format: FrameFormat = FrameFormat()) -> pb.Frame:  # noqa: B008
+    """The tensor as a frame; side tensors (masks, positions) always go raw."""
+    codec = format.codec if tensor.dtype in FLOATS else CodecId.RAW
+    data = codec_of(codec).encode(tensor.detach().cpu())
+    return pb.Frame(
+        dtype=DTYPE_IDS[tensor.dtype],
+        shape=tensor.shape,
+        data=data,
+        checksum=_checksum(data) if format.checksum else 0,
+        role=pb.Role.ValueType(role.value),
+        codec=pb.Codec.ValueType(codec.value),
+    )
+
+
+def decode_frame(
+    frame: pb.Frame, role: Role, shape: Sequence[int | None], *, checksum: bool = True
+) -> Tensor:
+    """The frame's tensor, on the CPU.
+
+    Args:
+        frame: what arrived; nothing in it is trusted.
+        role: what the field that held the frame is for.
+        shape: the expected shape; `None` stands for a length that the caller checks afterwards.
+        checksum: whether the handshake agreed on one; a frame without it is then refused.
+
+    Raises:
+        FrameError: role, dtype, rank, shape, codec or size is not what it may be.
+        CorruptFrame: the bytes are not those that were sent.
+    """
+    name = NAME_OF_ROLE[role]
+    if frame.role != role.value:
+        raise FrameError(f"the {name} frame says it is {_role_name(frame.role)}")
+    kind = _dtype(frame, role)
+    _check_shape(frame.shape, shape, name)
+    codec = codec_of(_codec_id(frame.codec))
+    expected = codec.encoded_bytes(kind, math.prod(frame.shape))
+    if len(frame.data) != expected:
+        raise FrameError(
+            f"the {name} frame has {len(frame.data)} bytes, "
+            f"its shape {list(frame.shape)} in {kind} takes {expected}"
+        )
+    if checksum and _checksum(frame.data) != frame.checksum:
+        raise CorruptFrame(f"the {name} frame does not match its checksum; it is sent again as it was")
+    tensor = codec.decode(frame.data, kind).view(tuple(frame.shape))
+    return tensor
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """`"bfloat16"` -> `torch.bfloat16`, for the dtypes that may cross the wire."""
+    for kind in DTYPES.values():
+        if str(kind) == f"torch.{name}":
+            return kind
+    raise FrameError(f"{name!r} is no dtype of the wire; use one of {', '.join(map(dtype_name, DTYPE_IDS))}")
+
+
+def dtype_name(kind: torch.dtype) -> str:
+    return str(kind).removeprefix("torch.")
+
+
+def _checksum(data: bytes) -> int:
+    # 0 stands for "no checksum" on the wire.
+    return xxhash.xxh3_64_intdigest(data) or 1
+
+
+def _dtype(frame: pb.Frame, role: Role) -> torch.dtype:
+    try:
+        kind = DTYPES[frame.dtype]
+    except KeyError:
+        raise FrameError(f"dtype {frame.dtype} is not in the protocol") from None
+    allowed = DTYPES_OF_ROLE.get(role, FLOATS)
+    if kind not in allowed:
+        wanted = " or ".join(sorted(map(dtype_name, allowed)))
+        raise FrameError(f"the {NAME_OF_ROLE[role]} frame is {dtype_name(kind)}, it must be {wanted}")
+    return kind
+
+
+def _check_shape(shape: Sequence[int], expected: Sequence[int | None], name: str) -> None:
+    if len(shape) > MAX_RANK or any(length >= MAX_DIMENSION for length in shape):
+        raise FrameError(f"the {name} frame has shape {list(shape)[:8]}, which no step has")
+    fits = len(shape) == len(expected) and all(
+        wanted is None or length == wanted for length, wanted in zip(shape, expected, strict=True)
+    )
+    if not fits:
+        wanted_text = ", ".join("any" if length is None else str(length) for length in expected)
+        raise FrameError(f"the {name} frame has shape {list(shape)}, expected [{wanted_text}]")
+
+
+def _codec_id(value: int) -> CodecId:
+    try:
+        return CodecId(value)
+    except ValueError:
+        raise FrameError(f"codec {value} is not in the protocol") from None
+
+
+def _role_name(value: int) -> str:
+    try:
+        return NAME_OF_ROLE[Role(value)]
+    except ValueError:
+        return f"role {value}, which is not in the protocol"

@@ -1,0 +1,1 @@
+"""Made from splitlearn.proto by `make proto`; never edited by hand."""

@@ -1,0 +1,105 @@
+"""What client and engine say to each other, as plain values: no protobuf, no network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from splitlearn.errors import SplitLearnError
+from splitlearn.vocabulary import Precision, StepKey, Timings, Versions
+
+# B rows   T tokens   D hidden
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSession:
+    """Rides in a session's first step: which adapter it generates with, at which precision."""
+
+    adapter: Versions = Versions()
+    follow: bool = False
+    precision: Precision = Precision()
+
+
+@dataclass(frozen=True, slots=True)
+class StepMessage:
+    """One step of a session, or one lone forward without a cache.
+
+    `mask_columns_BT` is None where every new column counts; `positions_BT` is None where they go on
+    from the session's length. The session is first cropped to `keep_positions`, then its rows
+    become `select_rows`, then `activation_BTD` is run.
+    """
+
+    key: StepKey
+    activation_BTD: Tensor
+    open: OpenSession | None = None
+    mask_columns_BT: Tensor | None = None
+    positions_BT: Tensor | None = None
+    keep_positions: int | None = None
+    select_rows: tuple[int, ...] | None = None
+    acked_through: int = 0
+    deadline_s: float = 0.0
+    priority: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.activation_BTD.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        return self.activation_BTD.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerMessage:
+    """What came of a step: an activation (B, T, D), or an error."""
+
+    key: StepKey
+    activation_BTD: Tensor | None = None
+    timings: Timings = Timings()
+    versions: Versions = Versions()
+    error: SplitLearnError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ForkMessage:
+    """Copy a session as it stands after `at_step`; the copy is called `into`."""
+
+    session: int
+    into: int
+    incarnation: int = 0
+    at_step: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CloseMessage:
+    session: int
+    incarnation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TrunkFacts:
+    """What a trunk says of itself; lengths in tokens, memory in bytes."""
+
+    protocol: int = 0
+    software: str = ""
+    features: frozenset[str] = field(default_factory=frozenset)
+    model_type: str = ""
+    hidden_size: int = 0
+    bottom_layers: int = 0
+    trunk_layers: int = 0
+    top_layers: int = 0
+    config_hash: int = 0
+    weights_hash: int = 0
+    precision: Precision = Precision()
+    device: str = ""
+    attention: str = ""
+    batched: bool = True
+    batched_reason: str = ""
+    session_tokens: int = 0
+    max_positions: int = 0
+    lease_s: float = 0.0
+    kv_bytes_total: int = 0
+    kv_bytes_free: int = 0
+    sessions: int = 0
+    draining: bool = False
