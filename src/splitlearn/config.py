@@ -19,7 +19,6 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-
     def __init__(self, **fields: Any) -> None:
         """Raises SettingError, in one line, for an unknown key or a value out of range."""
         try:
@@ -30,7 +29,8 @@ class Settings(BaseModel):
 
 def _one_line(error: ValidationError) -> str:
     faults = [
-        f"{'.'.join(map(str, fault['loc']))} = {fault['input']!r}: {fault['msg'].lower()}" for fault in error.errors()
+        f"{'.'.join(map(str, fault['loc']))} = {fault['input']!r}: {fault['msg'].lower()}"
+        for fault in error.errors()
     ]
     return "; ".join(faults)
 

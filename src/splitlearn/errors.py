@@ -143,3 +143,11 @@ class NotServed(SplitLearnError):
 
 class TrunkFailed(SplitLearnError):
     """The server failed at this step; its log has the cause under the id in the message."""
+
+
+def too_long_for_model(tokens: int, max_positions: int) -> SessionTooLong:
+    """The one wording of a limit that both sides check."""
+    return SessionTooLong(
+        f"the text would be {tokens:,} tokens long, the model has {max_positions:,} positions: shorten it",
+        facts={"tokens": tokens, "max_positions": max_positions},
+    )

@@ -1,1 +1,1 @@
-"""The data owner's side: the library's own model with one remote layer; no server code is reachable from here."""
+"""The data owner's side: the library's own model with one remote layer; it knows no server code."""

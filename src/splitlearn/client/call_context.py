@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, StaticCache
 
-from splitlearn.errors import SessionTooLong, UnsupportedCall
+from splitlearn.errors import UnsupportedCall, too_long_for_model
+from splitlearn.model.stand_in import argument_names
 
 # B rows   T new tokens   L tokens in all
 
@@ -39,16 +40,19 @@ class CallContext(threading.local):
 def watch(decoder: nn.Module, config: PreTrainedConfig, max_positions: int | None) -> CallContext:
     """Note every call of this decoder, and refuse those whose result would be wrong."""
     context = CallContext()
+    names = argument_names(decoder)
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if args:
-            raise UnsupportedCall("call the decoder with named arguments")
+    def before(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        # Some families hand the token ids over by position.
+        kwargs = dict(zip(names, args, strict=False)) | kwargs
         cache = _cache_of(kwargs, config, training=module.training)
         call = Call(_mask_of(kwargs), kwargs.get("position_ids"), cache)
         _refuse_unsupported(kwargs)
         _require_positions(kwargs, cache, max_positions)
         context.stack.append(call)
-        return args, kwargs
+        return (), kwargs
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if context.stack:
@@ -81,7 +85,8 @@ def _mask_of(kwargs: dict[str, Any]) -> Tensor | None:
     mask = kwargs.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         raise UnsupportedCall(
-            "the trunk derives its mask from a 2-D attention_mask (rows x tokens, 1 where a token counts): pass that one"
+            "the trunk derives its mask from a 2-D attention_mask (rows x tokens, 1 where a token counts): "
+            "pass that one"
         )
     return mask
 
@@ -100,7 +105,4 @@ def _require_positions(kwargs: dict[str, Any], cache: Cache | None, max_position
         return
     length = given.shape[1] + (cache.get_seq_length() if cache is not None else 0)
     if length > max_positions:
-        raise SessionTooLong(
-            f"the text would be {length:,} tokens long, the model has {max_positions:,} positions: shorten it",
-            facts={"tokens": length, "max_positions": max_positions},
-        )
+        raise too_long_for_model(length, max_positions)

@@ -53,7 +53,9 @@ class GrpcTransport:
         TrunkUnreachable, NotATrunk, ProtocolMismatch, ModelMismatch, SplitMismatch, TrunkDraining.
     """
 
-    def __init__(self, address: str, identity: ModelIdentity, config: ClientConfig, format: FrameFormat) -> None:
+    def __init__(
+        self, address: str, identity: ModelIdentity, config: ClientConfig, format: FrameFormat
+    ) -> None:
         self.address = address
         self.traffic = Traffic()
         self._identity = identity

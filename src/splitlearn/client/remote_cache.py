@@ -13,7 +13,7 @@ from splitlearn.client.transport import Transport
 from splitlearn.errors import UnsupportedCall
 
 
-class RemoteCacheLayer(CacheLayerMixin):  # type: ignore[misc]
+class RemoteCacheLayer(CacheLayerMixin):
     """Owns the server's session; the library's `Cache` treats it like any other layer.
 
     A deep copy forks the session, and the last reference to it closes the session.
@@ -66,7 +66,9 @@ class RemoteCacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     prefetch = offload
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         raise AssertionError("the trunk's keys and values never come here")
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -108,7 +110,9 @@ def session_of(cache: Cache, trunk: range, transport: Transport) -> ClientSessio
         layer = cache.layers[trunk.start]
         if isinstance(layer, RemoteCacheLayer):
             if layer._transport is not transport:
-                raise UnsupportedCall("past_key_values belongs to another split model: each model needs its own")
+                raise UnsupportedCall(
+                    "past_key_values belongs to another split model: each model needs its own"
+                )
             return layer.session
         _require_unused(layer)
     remote = RemoteCacheLayer(transport)

@@ -38,11 +38,11 @@ class RemoteTrunk(nn.Module):
         """Take masks, positions and cache from the calls of this decoder."""
         self._context = context
 
-    @torch.compiler.disable  # type: ignore[misc]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden_states: Tensor, **asked: Any) -> Tensor:
         """Activation (B, T, D) at the lower cut -> activation (B, T, D) at the upper cut."""
         assert self._context is not None
-        answer_BTD: Tensor = _Remote.apply(hidden_states, self, self._context.call)
+        answer_BTD: Tensor = _Remote.apply(hidden_states, self, self._context.call)  # type: ignore[no-untyped-call]
         return answer_BTD
 
     def exchange(self, activation_BTD: Tensor, call: Call) -> Tensor:

@@ -144,8 +144,8 @@ class ClientSession:
         mask_BL = mask_BL.cpu().bool()
         if mask_BL.shape[1] != self.length + tokens:
             raise UnsupportedCall(
-                f"the attention mask has {mask_BL.shape[1]} columns for {self.length} tokens held and {tokens} "
-                "new ones: pass the mask of the whole text"
+                f"the attention mask has {mask_BL.shape[1]} columns for {self.length} tokens held "
+                f"and {tokens} new ones: pass the mask of the whole text"
             )
         old_BL = mask_BL[:, : self.length]
         if not bool(old_BL.all() if held_BL is None else torch.equal(old_BL, held_BL)):
@@ -167,5 +167,3 @@ def _joined(
         return None
     ones = torch.ones(rows, length if held_BL is None else tokens, dtype=torch.bool)
     return torch.cat([ones if held_BL is None else held_BL, ones if new_BT is None else new_BT], dim=1)
-
-

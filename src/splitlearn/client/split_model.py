@@ -158,8 +158,9 @@ def _plan(
         ):
             if named is None and served < SAFE_LAYERS:
                 raise SplitMismatch(
-                    f"the server leaves {served} {side} layers here, fewer than the default of {SAFE_LAYERS}: "
-                    f"more of the text can be read from what is sent. Pass {side}_layers={served} to accept that"
+                    f"the server leaves {served} {side} layers here, fewer than the default of "
+                    f"{SAFE_LAYERS}: more of the text can be read from what is sent. "
+                    f"Pass {side}_layers={served} to accept that"
                 )
         bottom_layers = facts.bottom_layers if bottom_layers is None else bottom_layers
         top_layers = facts.top_layers if top_layers is None else top_layers
@@ -184,5 +185,6 @@ def _format(weights: torch.dtype, config: ClientConfig) -> FrameFormat:
     if weights == torch.float32 and wire == torch.bfloat16:
         return FrameFormat(CodecId.HALF)
     raise SettingError(
-        f"weights in {weights} cannot be sent as {wire}: use wire_dtype='auto', or 'bfloat16' for float32 weights"
+        f"weights in {weights} cannot be sent as {wire}: use wire_dtype='auto', "
+        "or 'bfloat16' for float32 weights"
     )

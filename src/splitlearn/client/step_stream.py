@@ -101,7 +101,9 @@ class StepStream:
         try:
             for message in self._call:
                 self._take(message, assembly)
-            self._break(TrunkUnreachable(f"{self._address} ended the connection: is the server still running?"))
+            self._break(
+                TrunkUnreachable(f"{self._address} ended the connection: is the server still running?")
+            )
         except grpc.RpcError as error:
             self._break(error_of(error, self._address))
         except SplitLearnError as error:
@@ -111,7 +113,7 @@ class StepStream:
     def _take(self, message: pb.ServerMessage, assembly: ChunkAssembly) -> None:
         match message.WhichOneof("content"):
             case "answer":
-                self._traffic.count(_tensor_bytes(message), message.ByteSize())
+                self._traffic.count(_tensor_bytes(message), message.ByteSize(), received=True)
                 self._give(key_from_proto(message.answer.key), message.answer)
             case "chunk":
                 if (whole := assembly.add(message.chunk)) is not None:

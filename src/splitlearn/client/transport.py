@@ -11,16 +11,20 @@ from splitlearn.wire.messages import AnswerMessage, CloseMessage, ForkMessage, S
 
 @dataclass(slots=True)
 class Traffic:
-    """What crossed the wire so far: `tensor_bytes` of activations, `message_bytes` of all messages, both ways."""
+    """What crossed the wire so far, both ways: bytes of activations alone, and of whole messages."""
 
     tensor_bytes: int = 0
     message_bytes: int = 0
     messages: int = 0
+    received_bytes: int = 0
+    """Those of `message_bytes` that came from the trunk."""
 
-    def count(self, tensor_bytes: int, message_bytes: int) -> None:
+    def count(self, tensor_bytes: int, message_bytes: int, *, received: bool = False) -> None:
         self.tensor_bytes += tensor_bytes
         self.message_bytes += message_bytes
         self.messages += 1
+        if received:
+            self.received_bytes += message_bytes
 
 
 class Transport(Protocol):

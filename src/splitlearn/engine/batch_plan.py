@@ -9,7 +9,7 @@ from splitlearn.vocabulary import Phase
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """One forward through the trunk: row i of the batch lies in `slots[i]` and already holds `lengths[i]` tokens.
+    """One forward through the trunk: row i lies in `slots[i]` and already holds `lengths[i]` tokens.
 
     Every row gets `tokens` new ones. `steps` names the steps in the order of their rows, `step_rows`
     how many rows each has. `adapter_slots` is one per row; 0 is the bare base model.

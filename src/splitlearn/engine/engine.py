@@ -27,6 +27,7 @@ from splitlearn.errors import (
     MessageError,
     NotServed,
     ResourceExhausted,
+    SessionLost,
     SettingError,
     SplitLearnError,
     StepOutOfOrder,
@@ -129,8 +130,8 @@ class Engine:
                 self._admit_lone(step)
             else:
                 self._admit_to_session(step)
-        except SplitLearnError as error:
-            step.fail(error)
+        except Exception as error:
+            step.fail(_explained(error))
 
     def _admit_lone(self, step: Step) -> None:
         message = step.message
@@ -182,13 +183,13 @@ class Engine:
         """Bring the session into the state that its step starts from; a step that cannot is answered."""
         if member.session is None:
             return True
-        if member.session.running is not member.step:
-            return False
         try:
+            if member.session.running is not member.step:
+                raise SessionLost("the session was closed while this step waited")
             member.session.prepare(member.step.message, self.kv)
-        except SplitLearnError as error:
+        except Exception as error:
             self._release(member)
-            member.step.fail(error)
+            member.step.fail(_explained(error))
             return False
         return True
 
@@ -225,7 +226,7 @@ class Engine:
 
     def _answer(self, batch: list[ReadyStep], ran: Ran, started: float) -> None:
         rows = [member.step.message.rows for member in batch]
-        for member, activation_BTD in zip(batch, ran.activation_BTD.split(rows), strict=True):
+        for member, activation_BTD in zip(batch, torch.split(ran.activation_BTD, rows), strict=True):
             message = member.step.message
             queued_us = int((started - member.step.arrived_at) * 1e6)
             answer = AnswerMessage(
@@ -242,16 +243,7 @@ class Engine:
         """The session's slots may be half written: it is lost, and its client told so."""
         if member.session is not None:
             self._sessions.drop(member.session)
-        if isinstance(error, SplitLearnError):
-            member.step.fail(error)
-        elif isinstance(error, torch.OutOfMemoryError):
-            member.step.fail(ResourceExhausted("the trunk's device ran out of memory at this step: use fewer rows"))
-        else:
-            incident = uuid.uuid4().hex[:8]
-            log.exception("step failed", incident=incident, exc_info=error)
-            member.step.fail(
-                TrunkFailed(f"the trunk failed at this step; the server's log has the cause as incident {incident}")
-            )
+        member.step.fail(_explained(error))
 
     def _release(self, member: ReadyStep) -> None:
         if member.session is not None and member.session.running is member.step:
@@ -285,8 +277,8 @@ class Engine:
         def request() -> None:
             try:
                 future.set_result(work())
-            except SplitLearnError as error:
-                future.set_exception(error)
+            except Exception as error:
+                future.set_exception(_explained(error))
 
         self._queue.ask(request)
         return future
@@ -301,6 +293,17 @@ def _kv_cache(trunk: TrunkSegment, config: SessionConfig) -> KvCache:
         dtype=trunk.dtype,
         device=trunk.device,
     )
+
+
+def _explained(error: Exception) -> SplitLearnError:
+    """What a client is told; the cause of what nobody foresaw stays in the log."""
+    if isinstance(error, SplitLearnError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError):
+        return ResourceExhausted("the trunk's device ran out of memory at this step: use fewer rows")
+    incident = uuid.uuid4().hex[:8]
+    log.error("step failed", incident=incident, exc_info=error)
+    return TrunkFailed(f"the trunk failed at this step; its log has the cause as incident {incident}")
 
 
 def _plan_of(batch: list[ReadyStep]) -> BatchPlan:

@@ -120,7 +120,11 @@ def measure_layers(trunk: TrunkSegment) -> list[LayerShape]:
     cache = DynamicCache(config=trunk.config)
     token_BTD = torch.zeros(1, 1, trunk.hidden_size, dtype=trunk.dtype, device=trunk.device)
     with torch.inference_mode():
-        trunk(token_BTD, position_ids=torch.zeros(1, 1, dtype=torch.long, device=trunk.device), past_key_values=cache)
+        trunk(
+            token_BTD,
+            position_ids=torch.zeros(1, 1, dtype=torch.long, device=trunk.device),
+            past_key_values=cache,
+        )
     return [
         LayerShape(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])
         for layer in cache.layers[: trunk.num_layers]

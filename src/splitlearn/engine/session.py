@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from splitlearn.engine.kv_cache import KvCache
 from splitlearn.engine.step import Step
-from splitlearn.errors import MessageError, SessionTooLong
+from splitlearn.errors import MessageError, SessionTooLong, too_long_for_model
 from splitlearn.vocabulary import Precision
 from splitlearn.wire.messages import StepMessage
 
@@ -93,20 +93,12 @@ def require_room(message: StepMessage, kept: int, slot_tokens: int, max_position
     length = kept + message.tokens
     if max_positions is not None:
         positions_BT = message.positions_BT
-        last = length - 1 if positions_BT is None else int(positions_BT.max())
-        require_position(last, max_positions)
+        needed = length if positions_BT is None else int(positions_BT.max()) + 1
+        if needed > max_positions:
+            raise too_long_for_model(needed, max_positions)
     if length > slot_tokens:
         raise SessionTooLong(
             f"the text would be {length:,} tokens long, a session of this server holds {slot_tokens:,}: "
             "shorten it, or start the server with a larger --session-tokens",
             facts={"tokens": length, "session_tokens": slot_tokens},
-        )
-
-
-def require_position(position: int, max_positions: int) -> None:
-    """Raises SessionTooLong where the model has no such position."""
-    if position >= max_positions:
-        raise SessionTooLong(
-            f"the text would be {position + 1:,} tokens long, the model has {max_positions:,} positions: shorten it",
-            facts={"tokens": position + 1, "max_positions": max_positions},
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
 
 from splitlearn.config import SessionConfig
 from splitlearn.engine.answer_window import AnswerWindow
@@ -128,6 +127,7 @@ class SessionTable:
         del self._sessions[session.id]
         self._answers.forget(session.id)
         self._kv.give_back(session.slots, min(written, self._kv.slot_tokens))
+        session.running = None
 
     def expire(self, now: float) -> int:
         """Close the sessions whose lease ran out while nothing of theirs waited; how many they were."""
@@ -162,9 +162,7 @@ class SessionTable:
             )
         self.drop(older)
 
-    def _open(
-        self, id: SessionId, incarnation: int, rows: int, precision: Precision, now: float
-    ) -> Session:
+    def _open(self, id: SessionId, incarnation: int, rows: int, precision: Precision, now: float) -> Session:
         if len(self._sessions) >= self._config.max_sessions:
             raise ResourceExhausted(
                 f"{len(self._sessions)} sessions are open, this server allows {self._config.max_sessions}: "

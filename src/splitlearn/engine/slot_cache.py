@@ -15,7 +15,7 @@ from splitlearn.engine.kv_cache import KvCache
 # B rows   T new tokens   K columns looked at   H heads   E head size
 
 
-class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
+class SlotLayer(CacheLayerMixin):
     """One layer's keys and values of the running batch.
 
     Rows of equal length look at exactly the columns that the library's own cache would hand out,
@@ -70,7 +70,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         return self._batch
 
 
-class SlotCache(Cache):  # type: ignore[misc]
+class SlotCache(Cache):
     """Handed to the family's own forward in place of a cache object per session."""
 
     def __init__(self, kv: KvCache, windows: list[int | None]) -> None:

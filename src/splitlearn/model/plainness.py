@@ -52,7 +52,7 @@ def why_not_plain(causal_lm_class: type[PreTrainedModel], config: PreTrainedConf
     return next(_oddities(causal_lm, list(layers), config), "")
 
 
-def _oddities(causal_lm: nn.Module, layers: list[nn.Module], config: PreTrainedConfig) -> Iterator[str]:
+def _oddities(causal_lm: PreTrainedModel, layers: list[nn.Module], config: PreTrainedConfig) -> Iterator[str]:
     if len(layers) != config.num_hidden_layers:
         yield f"it has {len(layers)} layers where its configuration says {config.num_hidden_layers}"
     kinds = sorted({type(layer).__name__ for layer in layers})
@@ -60,7 +60,7 @@ def _oddities(causal_lm: nn.Module, layers: list[nn.Module], config: PreTrainedC
         yield f"its layers are of several kinds ({', '.join(kinds)})"
     for layer in layers:
         yield from _layer_oddities(layer)
-    head = causal_lm.get_output_embeddings() if hasattr(causal_lm, "get_output_embeddings") else None
+    head = causal_lm.get_output_embeddings()
     for _, name, module in around_the_layers(causal_lm):
         if module is not head and not _may_stand_around(module):
             yield f"beside its layers stands {name} ({type(module).__name__}), whose part is unknown"

@@ -56,13 +56,14 @@ def load_trunk(
 
 def fingerprint(checkpoint: Checkpoint, plan: SplitPlan) -> Fingerprint:
     """Over the configuration and the bottom and top tensors, which both sides' folders know of."""
-    config_hash = hash_config(checkpoint.config)
-    if checkpoint.note is not None and checkpoint.note.side == "trunk":
-        checkpoint.check_serves("trunk", plan)
-        weights_hash = checkpoint.note.fingerprint.weights_hash
+    note = checkpoint.note
+    if note is not None:
+        checkpoint.check_serves(note.side, plan)
+    if note is not None and note.side == "trunk":
+        weights_hash = note.fingerprint.weights_hash
     else:
         weights_hash = hash_weights(checkpoint.entries(checkpoint.keys_of("client", plan)))
-    return Fingerprint(config_hash, split_of(plan), weights_hash)
+    return Fingerprint(hash_config(checkpoint.config), split_of(plan), weights_hash)
 
 
 def resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint) -> torch.dtype:
@@ -93,10 +94,15 @@ def _load(
         how["attn_implementation"] = attn_implementation
     if torch.device(device).type != "cpu":
         how["device_map"] = {"": torch.device(device)}  # each tensor goes there as it is read
+    # Reported like any other fault, where the library would raise without naming the tensor.
+    how["ignore_mismatched_sizes"] = True
     with _quiet(), checkpoint.slices(checkpoint.keys_of(side, plan)) as tensors:
-        model, told = cut_class.from_pretrained(
-            None, config=checkpoint.config, state_dict=tensors, output_loading_info=True, **how
-        )
+        try:
+            model, told = cut_class.from_pretrained(
+                None, config=checkpoint.config, state_dict=tensors, output_loading_info=True, **how
+            )
+        except RuntimeError as error:
+            raise CheckpointError(f"{checkpoint.source} cannot be loaded for the {side}: {error}") from error
     _check_complete(checkpoint, side, told)
     return model.eval()
 
@@ -106,14 +112,13 @@ def _check_complete(checkpoint: Checkpoint, side: Side, told: dict[str, Any]) ->
     faults = {
         "lacks": told["missing_keys"],
         "has too much": told["unexpected_keys"],
-        "has other shapes for": [str(each) for each in told["mismatched_keys"]],
+        "has another shape for": [name for name, *_ in told["mismatched_keys"]],
     }
     said = [f"{what} {_some(names)}" for what, names in faults.items() if names]
-    said += [str(message) for message in told.get("error_msgs") or ()]
     if said:
         raise CheckpointError(
             f"{checkpoint.source} does not fit its configuration for the {side}: it "
-            f"{'; '.join(said)}. Download it again, or check that config.json is its own"
+            f"{'; it '.join(said)}. Download it again, or check that config.json is its own"
         )
 
 

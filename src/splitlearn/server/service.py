@@ -61,7 +61,9 @@ async def refuse(context: Context, error: SplitLearnError) -> None:
 
 def _not_served(name: str) -> Any:
     async def method(self: TrunkService, request: Any, context: Context) -> None:
-        await refuse(context, NotServed(f"{name} belongs to training or moving, which this version does not serve"))
+        await refuse(
+            context, NotServed(f"{name} belongs to training or moving, which this version does not serve")
+        )
 
     method.__name__ = name
     return method

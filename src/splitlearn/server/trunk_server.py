@@ -125,18 +125,18 @@ class TrunkServer:
         await server.stop(grace=GRACE_S)
         egress.stop()
 
-    def _grpc_server(self, hall: Hall) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
+    def _grpc_server(self, hall: Hall) -> tuple[grpc.aio.Server, Any]:
         """Raises SettingError where the address cannot be listened on."""
         server = grpc.aio.server(options=_options(self.config))
         rpc.add_TrunkServicer_to_server(TrunkService(hall), server)
-        healthy = health.aio.HealthServicer()
+        healthy = health.aio.HealthServicer()  # type: ignore[attr-defined]
         health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
         address = f"{self.config.host}:{self.config.port}"
         try:
             self._bound_port = server.add_insecure_port(address)
         except RuntimeError:
             raise SettingError(
-                f"cannot listen on {address}: is the port taken? Choose another with --port (0 takes a free one)"
+                f"cannot listen on {address}: is the port taken? Choose another with --port (0: a free one)"
             ) from None
         return server, healthy
 

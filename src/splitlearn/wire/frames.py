@@ -47,7 +47,7 @@ class FrameFormat:
     checksum: bool = True
 
 
-def encode_frame(tensor: Tensor, role: Role, format: FrameFormat = FrameFormat()) -> pb.Frame:  # noqa: B008
+def encode_frame(tensor: Tensor, role: Role, format: FrameFormat) -> pb.Frame:
     """The tensor as a frame; side tensors (masks, positions) always go raw."""
     codec = format.codec if tensor.dtype in FLOATS else CodecId.RAW
     data = codec_of(codec).encode(tensor.detach().cpu())
@@ -56,8 +56,8 @@ def encode_frame(tensor: Tensor, role: Role, format: FrameFormat = FrameFormat()
         shape=tensor.shape,
         data=data,
         checksum=_checksum(data) if format.checksum else 0,
-        role=pb.Role.ValueType(role.value),
-        codec=pb.Codec.ValueType(codec.value),
+        role=role.name,
+        codec=codec.name,
     )
 
 
@@ -90,8 +90,7 @@ def decode_frame(
         )
     if checksum and _checksum(frame.data) != frame.checksum:
         raise CorruptFrame(f"the {name} frame does not match its checksum; it is sent again as it was")
-    tensor = codec.decode(frame.data, kind).view(tuple(frame.shape))
-    return tensor
+    return codec.decode(frame.data, kind).view(tuple(frame.shape))
 
 
 def dtype_named(name: str) -> torch.dtype:

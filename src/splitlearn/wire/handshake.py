@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from splitlearn import __version__
 from splitlearn.config import WireLimits
 from splitlearn.errors import MessageError, ModelMismatch, ProtocolMismatch, SplitMismatch
-from splitlearn.vocabulary import CodecId, Precision
+from splitlearn.vocabulary import Precision
 from splitlearn.wire.codecs import CODECS
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.messages import TrunkFacts
@@ -61,7 +61,7 @@ def hello(identity: ModelIdentity, client: bytes, precision: Precision, *, check
         features=sorted(FEATURES),
         fingerprint=identity_to_proto(identity),
         client=client,
-        codecs=[pb.Codec.ValueType(codec.value) for codec in CODECS],
+        codecs=[codec.name for codec in CODECS],
         checksums=kinds,
         precision=precision_to_proto(precision),
         software=f"splitlearn/{__version__}",
@@ -69,7 +69,12 @@ def hello(identity: ModelIdentity, client: bytes, precision: Precision, *, check
 
 
 def welcome(
-    greeting: pb.Hello, identity: ModelIdentity, facts: TrunkFacts, limits: WireLimits, *, checksum: bool,
+    greeting: pb.Hello,
+    identity: ModelIdentity,
+    facts: TrunkFacts,
+    limits: WireLimits,
+    *,
+    checksum: bool,
     answer_window: int,
 ) -> pb.Welcome:
     """The server's answer to a client that fits.
@@ -90,7 +95,7 @@ def welcome(
         protocol=PROTOCOL,
         features=sorted(FEATURES),
         fingerprint=identity_to_proto(identity),
-        codecs=[pb.Codec.ValueType(codec.value) for codec in CODECS],
+        codecs=[codec.name for codec in CODECS],
         checksum=_checksum_kind(greeting, wanted=checksum),
         precision=precision_to_proto(facts.precision),
         limits=limits_to_proto(facts, limits, answer_window),
@@ -178,7 +183,7 @@ def facts_to_proto(facts: TrunkFacts, limits: WireLimits, answer_window: int) ->
         fingerprint=identity_to_proto(_identity_of(facts)),
         precision=precision_to_proto(facts.precision),
         limits=limits_to_proto(facts, limits, answer_window),
-        codecs=[pb.Codec.ValueType(codec.value) for codec in CODECS],
+        codecs=[codec.name for codec in CODECS],
         model_type=facts.model_type,
         hidden_size=facts.hidden_size,
         device=facts.device,
@@ -231,9 +236,3 @@ def _checksum_kind(greeting: pb.Hello, *, wanted: bool) -> pb.ChecksumKind:
     if not wanted and pb.NO_CHECKSUM in greeting.checksums:
         return pb.NO_CHECKSUM
     return pb.XXH3_64
-
-
-def codec_ids(values: list[int]) -> frozenset[CodecId]:
-    """The codecs among these that this version knows."""
-    known = {codec.value for codec in CODECS}
-    return frozenset(CodecId(value) for value in values if value in known)

@@ -73,6 +73,8 @@ class ForkMessage:
 
 @dataclass(frozen=True, slots=True)
 class CloseMessage:
+    """The session is over: free what it holds."""
+
     session: int
     incarnation: int = 0
 

@@ -11,7 +11,7 @@ from splitlearn.wire.generated import splitlearn_pb2 as pb
 MAX_MESSAGE_CHARACTERS = 2000
 DETAIL_KEY = "splitlearn-error-bin"
 
-CLASSES: dict[int, type[SplitLearnError]] = {
+CLASSES: dict[pb.ErrorCode, type[SplitLearnError]] = {
     pb.SETTING: errors.SettingError,
     pb.UNSUPPORTED_MODEL: errors.UnsupportedModel,
     pb.UNSUPPORTED_CALL: errors.UnsupportedCall,
@@ -39,9 +39,8 @@ CODES = {kind: code for code, kind in CLASSES.items()}
 
 def error_to_proto(error: SplitLearnError) -> pb.Error:
     """The error as it is sent: its words and its figures, nothing of the server's stack."""
-    proto = pb.Error(
-        code=pb.ErrorCode.ValueType(_code_of(type(error))), message=error.message[:MAX_MESSAGE_CHARACTERS]
-    )
+    code = pb.ErrorCode.Name(_code_of(type(error)))
+    proto = pb.Error(code=code, message=error.message[:MAX_MESSAGE_CHARACTERS])
     for name, value in error.facts.items():
         if name == "current_step":
             proto.current_step = int(value)
@@ -62,7 +61,7 @@ def error_from_proto(proto: pb.Error) -> SplitLearnError:
     return kind(proto.message[:MAX_MESSAGE_CHARACTERS], facts=facts)
 
 
-def _code_of(kind: type[SplitLearnError]) -> int:
+def _code_of(kind: type[SplitLearnError]) -> pb.ErrorCode:
     """The code of the class or of its nearest ancestor that has one."""
     for ancestor in kind.__mro__:
         if ancestor in CODES:

@@ -119,7 +119,7 @@ def key_to_proto(key: StepKey) -> pb.StepKey:
         step=key.step,
         incarnation=key.incarnation,
         microbatch=key.microbatch,
-        phase=pb.Phase.ValueType(key.phase.value),
+        phase=key.phase.name,
     )
 
 
@@ -202,7 +202,9 @@ def _open_from_proto(proto: pb.OpenSession) -> OpenSession:
 
 def _size(frame: pb.Frame, limits: WireLimits) -> tuple[int, int]:
     if len(frame.shape) != 3:
-        raise FrameError(f"an activation has rows, tokens and hidden size, this has shape {list(frame.shape)[:8]}")
+        raise FrameError(
+            f"an activation has rows, tokens and hidden size, this has shape {list(frame.shape)[:8]}"
+        )
     rows, tokens = frame.shape[0], frame.shape[1]
     if not 1 <= rows <= limits.max_rows:
         raise FrameError(f"a step of {rows} rows; this server takes 1 to {limits.max_rows}")
@@ -211,10 +213,8 @@ def _size(frame: pb.Frame, limits: WireLimits) -> tuple[int, int]:
     return rows, tokens
 
 
-def _side(
-    proto: pb.Step, field: str, role: Role, rows: int, tokens: int, checksum: bool
-) -> Tensor | None:
-    if not proto.HasField(field):  # type: ignore[arg-type]
+def _side(proto: pb.Step, field: str, role: Role, rows: int, tokens: int, checksum: bool) -> Tensor | None:
+    if not proto.HasField(field):
         return None
     return decode_frame(getattr(proto, field), role, (rows, tokens), checksum=checksum)
 
@@ -242,7 +242,9 @@ def _select_rows(proto: pb.Step, rows: int, limits: WireLimits) -> tuple[int, ..
     if len(proto.select_rows) != rows:
         raise MessageError(f"select_rows names {len(proto.select_rows)} rows, the activation has {rows}")
     if max(proto.select_rows) >= limits.max_rows:
-        raise MessageError(f"select_rows names row {max(proto.select_rows)}, over the limit of {limits.max_rows}")
+        raise MessageError(
+            f"select_rows names row {max(proto.select_rows)}, over the limit of {limits.max_rows}"
+        )
     return tuple(proto.select_rows)
 
 

@@ -1,0 +1,67 @@
+"""The `splitlearn` command and its verbs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from splitlearn import __version__
+from splitlearn.cli.chat import chat
+from splitlearn.cli.demo import demo
+from splitlearn.cli.doctor import doctor
+from splitlearn.cli.ending import TERMINATED, WRONG_USE, Verbs
+from splitlearn.cli.generate import generate
+from splitlearn.cli.plan import plan
+from splitlearn.cli.serve import serve
+from splitlearn.cli.slice import slice_model
+from splitlearn.cli.verify import verify
+
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "GRPC_VERBOSITY": "NONE",
+    "PYTHONWARNINGS": "ignore",
+}
+"""So that what goes wrong is one line of ours; a variable that is set already stays as it is."""
+
+app = typer.Typer(name="splitlearn", cls=Verbs, pretty_exceptions_enable=False)
+app.command()(serve)
+app.command("slice")(slice_model)
+app.command()(generate)
+app.command()(chat)
+app.command()(plan)
+app.command()(verify)
+app.command()(doctor)
+app.command()(demo)
+
+
+@app.callback(invoke_without_command=True)
+def splitlearn(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+) -> None:
+    """Run a causal LM on somebody else's GPU, while the text and the tokens stay here."""
+    if version:
+        print(__version__)
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(WRONG_USE)
+
+
+def main() -> NoReturn:
+    """The process's entry: runs one command and ends with its exit code."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    signal.signal(signal.SIGTERM, _terminated)
+    app(prog_name="splitlearn")
+    sys.exit()
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    """As an exception, so that a command's own processes end with it."""
+    sys.exit(TERMINATED)
