@@ -20,7 +20,9 @@ def generate(
     model: Model,
     trunk: Trunk,
     prompt: Annotated[str, typer.Option(help="The text to go on from; `-` reads it from stdin.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens at the latest.")] = 100,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Stop after so many tokens at the latest.")
+    ] = 100,
     temperature: Annotated[
         float, typer.Option(min=0, help="0 takes the likeliest token each time; above 0 samples.")
     ] = 0.0,
@@ -43,7 +45,9 @@ def generate(
     accept_label_leak: AcceptLabelLeak = False,
     dtype: Annotated[DTypeName, typer.Option(help="Precision of the client's weights.")] = "auto",
     wire_dtype: Annotated[DTypeName, setting(ClientConfig, "wire_dtype")] = "auto",
-    device: Annotated[str, typer.Option(help="Where bottom and top run, for example `cpu` or `cuda`.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Where bottom and top run, for example `cpu` or `cuda`.")
+    ] = "cpu",
 ) -> None:
     """Generate text with the trunk on a server: text to stdout, timings and bytes to stderr."""
     from transformers import set_seed

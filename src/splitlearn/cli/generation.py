@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any, TextIO
@@ -109,11 +108,6 @@ def sampling(temperature: float, top_p: float | None) -> dict[str, Any]:
         return {"do_sample": False}
     chosen = {"do_sample": True, "temperature": temperature}
     return chosen if top_p is None else chosen | {"top_p": top_p}
-
-
-def screen() -> TextIO | None:
-    """Standard output, as it is now."""
-    return sys.stdout
 
 
 def _traffic(model: Any) -> Traffic:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from typing import Annotated, NoReturn
 
 import typer
@@ -24,7 +25,6 @@ QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
     "GRPC_VERBOSITY": "NONE",
-    "PYTHONWARNINGS": "ignore",
 }
 """So that what goes wrong is one line of ours; a variable that is set already stays as it is."""
 
@@ -57,6 +57,8 @@ def main() -> NoReturn:
     """The process's entry: runs one command and ends with its exit code."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
     signal.signal(signal.SIGTERM, _terminated)
     app(prog_name="splitlearn")
     sys.exit()

@@ -20,7 +20,8 @@ from splitlearn.model.plan import SplitPlan
 from splitlearn.model.skeleton import decoder_of
 from splitlearn.model.weights import fingerprint, load_client, resolve_dtype
 from splitlearn.vocabulary import CodecId
-from splitlearn.wire.frames import FrameFormat, dtype_named
+from splitlearn.wire.dtypes import dtype_named
+from splitlearn.wire.frames import FrameFormat
 from splitlearn.wire.handshake import ModelIdentity
 
 SAFE_LAYERS = 2

@@ -43,3 +43,17 @@ class BatchPlan:
         """Whether the slots are neighbours in order: the batch is then a view, not a copy."""
         first = self.slots[0]
         return self.slots == tuple(range(first, first + len(self.slots)))
+
+
+@dataclass(slots=True)
+class BatchCounts:
+    """How many plans were run, and how many of them were more than one session alone."""
+
+    batches: int = 0
+    shared: int = 0
+    ragged: int = 0
+
+    def note(self, plan: BatchPlan) -> None:
+        self.batches += 1
+        self.shared += len(plan.steps) > 1
+        self.ragged += plan.ragged

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from splitlearn.config import BatchingConfig, SessionConfig
-from splitlearn.engine.batch_plan import BatchPlan
+from splitlearn.engine.batch_plan import BatchCounts, BatchPlan
 from splitlearn.engine.batcher import Batcher
 from splitlearn.engine.kv_cache import KvCache
 from splitlearn.engine.ready_step import ReadyStep
@@ -37,7 +37,7 @@ from splitlearn.errors import (
 )
 from splitlearn.model.segments import TrunkSegment
 from splitlearn.vocabulary import Phase, Timings
-from splitlearn.wire.frames import dtype_name
+from splitlearn.wire.dtypes import dtype_name
 from splitlearn.wire.messages import AnswerMessage, CloseMessage, ForkMessage, StepMessage
 
 EXPIRY_CHECK_S = 0.5
@@ -52,6 +52,7 @@ class Engine:
     def __init__(self, trunk: TrunkSegment, batching: BatchingConfig, sessions: SessionConfig) -> None:
         self.trunk = trunk
         self.kv = _kv_cache(trunk, sessions)
+        self.ran = BatchCounts()
         self._max_positions = trunk.max_positions
         self._runner = Runner(trunk, self.kv)
         self._sessions = SessionTable(self.kv, sessions, trunk.max_positions)
@@ -214,7 +215,7 @@ class Engine:
             )
         plan = _plan_of(batch)
         messages = [member.step.message for member in batch]
-        return self._runner.run(
+        ran = self._runner.run(
             plan,
             torch.cat([message.activation_BTD.to(self.trunk.dtype) for message in messages])
             if len(messages) > 1
@@ -223,6 +224,8 @@ class Engine:
             padded=any(_session_of(member).padded for member in batch),
             autocast=_session_of(batch[0]).precision.autocast,
         )
+        self.ran.note(plan)
+        return ran
 
     def _answer(self, batch: list[ReadyStep], ran: Ran, started: float) -> None:
         rows = [member.step.message.rows for member in batch]

@@ -16,7 +16,7 @@ from splitlearn.engine.kv_cache import KvCache, LayerShape
 from splitlearn.engine.slot_cache import SlotCache
 from splitlearn.model.masks import ragged
 from splitlearn.model.segments import TrunkSegment
-from splitlearn.wire.frames import dtype_named
+from splitlearn.wire.dtypes import dtype_named
 
 # B rows   T new tokens   D hidden   K columns
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from splitlearn import __version__
 from splitlearn.engine.engine import Engine
 from splitlearn.vocabulary import Precision
-from splitlearn.wire.frames import dtype_name
+from splitlearn.wire.dtypes import dtype_name
 from splitlearn.wire.handshake import FEATURES, PROTOCOL, ModelIdentity
 from splitlearn.wire.messages import TrunkFacts
 

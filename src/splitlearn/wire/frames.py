@@ -13,6 +13,7 @@ from torch import Tensor
 from splitlearn.errors import CorruptFrame, FrameError
 from splitlearn.vocabulary import CodecId, Role
 from splitlearn.wire.codecs import codec_of
+from splitlearn.wire.dtypes import FLOATS, dtype_name
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 
 MAX_RANK = 4
@@ -30,7 +31,6 @@ DTYPES: dict[pb.DType, torch.dtype] = {
 }
 DTYPE_IDS = {kind: wire_id for wire_id, kind in DTYPES.items()}
 
-FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 DTYPES_OF_ROLE: dict[Role, frozenset[torch.dtype]] = {
     Role.MASK_COLUMNS: frozenset({torch.bool}),
     Role.POSITIONS: frozenset({torch.int32}),
@@ -91,18 +91,6 @@ def decode_frame(
     if checksum and _checksum(frame.data) != frame.checksum:
         raise CorruptFrame(f"the {name} frame does not match its checksum; it is sent again as it was")
     return codec.decode(frame.data, kind).view(tuple(frame.shape))
-
-
-def dtype_named(name: str) -> torch.dtype:
-    """`"bfloat16"` -> `torch.bfloat16`, for the dtypes that may cross the wire."""
-    for kind in DTYPES.values():
-        if str(kind) == f"torch.{name}":
-            return kind
-    raise FrameError(f"{name!r} is no dtype of the wire; use one of {', '.join(map(dtype_name, DTYPE_IDS))}")
-
-
-def dtype_name(kind: torch.dtype) -> str:
-    return str(kind).removeprefix("torch.")
 
 
 def _checksum(data: bytes) -> int:

@@ -10,15 +10,8 @@ from torch import Tensor
 from splitlearn.config import WireLimits
 from splitlearn.errors import FrameError, MessageError
 from splitlearn.vocabulary import Phase, Precision, Role, StepKey, Timings, Versions
-from splitlearn.wire.frames import (
-    DTYPE_IDS,
-    DTYPES,
-    FrameFormat,
-    decode_frame,
-    dtype_name,
-    dtype_named,
-    encode_frame,
-)
+from splitlearn.wire.dtypes import dtype_name, dtype_named
+from splitlearn.wire.frames import DTYPE_IDS, DTYPES, FrameFormat, decode_frame, encode_frame
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.messages import AnswerMessage, CloseMessage, ForkMessage, OpenSession, StepMessage
 from splitlearn.wire.status import error_from_proto, error_to_proto

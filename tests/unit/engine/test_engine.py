@@ -1,4 +1,4 @@
-"""The engine does each step once, batches what may be batched, and keeps one client's fault from the others."""
+"""The engine does each step once, batches what may be, and keeps one client's fault from the others."""
 
 from concurrent.futures import Future
 
@@ -72,6 +72,7 @@ def test_a_session_in_steps_gives_what_one_forward_gives(engine, trunk):
 
 def test_sessions_of_different_length_run_as_one_batch_and_each_gets_its_own(engine, trunk):
     texts = {1: tokens(6, seed=1), 2: tokens(12, seed=2), 3: tokens(9, seed=3)}
+    expected = {session: alone(trunk, text)[:, -1:] for session, text in texts.items()}
     for session, text in texts.items():
         engine.submit(ME, step(1, text[:, :-1], session))
     engine.start()
@@ -82,9 +83,8 @@ def test_sessions_of_different_length_run_as_one_batch_and_each_gets_its_own(eng
     hold = engine._ask(lambda: [queue_up(engine, texts, futures)])
     futures: dict = {}
     hold.result(WAIT_S)
-    for session, text in texts.items():
-        expected = alone(trunk, text)[:, -1:]
-        torch.testing.assert_close(result(futures[session]), expected, atol=1e-6, rtol=1e-5)
+    for session in texts:
+        torch.testing.assert_close(result(futures[session]), expected[session], atol=1e-6, rtol=1e-5)
     assert [plan.ragged for plan in ran] == [True]
     assert len(ran[0].steps) == 3
 
@@ -128,14 +128,15 @@ def test_values_that_are_no_numbers_stay_with_the_client_that_sent_them(engine, 
         futures["well"] = engine.submit(ME, step(2, well[:, -1:], 1))
 
     engine._ask(both).result(WAIT_S)
-    torch.testing.assert_close(result(futures["well"]), alone(trunk, well)[:, -1:], atol=1e-6, rtol=1e-5)
     assert result(futures["sick"]).isnan().all()
+    torch.testing.assert_close(result(futures["well"]), alone(trunk, well)[:, -1:], atol=1e-6, rtol=1e-5)
     engine.close(YOU, CloseMessage(1)).result(WAIT_S)
     assert not any(layer.isnan().any() for layer in engine.kv.keys_SHLE)
 
 
 def test_a_step_that_fails_costs_its_own_session_only(engine, trunk):
     texts = {1: tokens(4, seed=1), 2: tokens(4, seed=2)}
+    expected = alone(trunk, texts[1])
     original = engine._runner.run
 
     def fails_with_session_2(plan, *args, **kwargs):
@@ -146,7 +147,7 @@ def test_a_step_that_fails_costs_its_own_session_only(engine, trunk):
     engine._runner.run = fails_with_session_2
     futures = {session: engine.submit(ME, step(1, text, session)) for session, text in texts.items()}
     engine.start()
-    torch.testing.assert_close(result(futures[1]), alone(trunk, texts[1]), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(result(futures[1]), expected, atol=1e-6, rtol=1e-5)
     with pytest.raises(TrunkFailed, match="incident"):
         result(futures[2])
     with pytest.raises(SessionLost):
@@ -205,8 +206,8 @@ def test_what_this_version_does_not_serve_is_refused(engine):
         result(engine.submit(ME, StepMessage(StepKey(run=1, step=1), tokens(1))))
     with pytest.raises(NotServed):
         result(engine.submit(ME, StepMessage(StepKey(session=1, step=1, phase=Phase.BACKWARD), tokens(1))))
+    opening = OpenSession(precision=Precision(weights="bfloat16"))
     with pytest.raises(SettingError, match="float32"):
-        opening = OpenSession(precision=Precision(weights="bfloat16"))
         result(engine.submit(ME, StepMessage(StepKey(session=1, step=1), tokens(1), open=opening)))
 
 

@@ -38,6 +38,8 @@ def test_one_message_after_another():
 )
 def test_pieces_that_do_not_fit_are_refused(chunks):
     assembly = ChunkAssembly(1000)
+    *fitting, last = chunks
+    for chunk in fitting:
+        assembly.add(chunk)
     with pytest.raises(MessageError):
-        for chunk in chunks:
-            assembly.add(chunk)
+        assembly.add(last)

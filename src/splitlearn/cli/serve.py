@@ -1,0 +1,153 @@
+"""`splitlearn serve`: hold the trunk of a model until a signal says to stop."""
+
+from __future__ import annotations
+
+import ipaddress
+import signal
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from splitlearn.cli.options import (
+    BOTTOM_LAYERS,
+    TOP_LAYERS,
+    AcceptLabelLeak,
+    BottomLayers,
+    Model,
+    TopLayers,
+    default_of,
+    setting,
+)
+from splitlearn.cli.sizes import parse_bytes
+from splitlearn.config import GIB, DTypeName, ServerConfig, SessionConfig
+from splitlearn.errors import TrunkFailed
+
+if TYPE_CHECKING:
+    from splitlearn.server.trunk_server import TrunkServer
+
+POLL_S = 0.5
+
+
+def serve(
+    model: Model,
+    bottom_layers: BottomLayers = BOTTOM_LAYERS,
+    top_layers: TopLayers = TOP_LAYERS,
+    accept_label_leak: AcceptLabelLeak = False,
+    host: Annotated[str, setting(ServerConfig, "host")] = default_of(ServerConfig, "host"),
+    port: Annotated[int, setting(ServerConfig, "port", min=0, max=65535)] = default_of(ServerConfig, "port"),
+    insecure: Annotated[
+        bool,
+        typer.Option("--insecure", help="Listen beyond this machine without TLS, which is not there yet."),
+    ] = False,
+    device: Annotated[str, setting(ServerConfig, "device")] = default_of(ServerConfig, "device"),
+    dtype: Annotated[DTypeName, setting(ServerConfig, "dtype")] = "auto",
+    attention: Annotated[Literal["auto", "sdpa", "eager"], setting(ServerConfig, "attention")] = "auto",
+    threads: Annotated[int, setting(ServerConfig, "threads", min=0)] = default_of(ServerConfig, "threads"),
+    kv_budget: Annotated[
+        int, setting(SessionConfig, "kv_budget_bytes", "--kv-budget", parser=parse_bytes, metavar="BYTES")
+    ] = f"{default_of(SessionConfig, 'kv_budget_bytes') // GIB}GiB",  # type: ignore[assignment]
+    session_tokens: Annotated[int, setting(SessionConfig, "session_tokens", min=1)] = default_of(
+        SessionConfig, "session_tokens"
+    ),
+    lease: Annotated[float, setting(SessionConfig, "lease_s", "--lease", metavar="SECONDS")] = default_of(
+        SessionConfig, "lease_s"
+    ),
+    drain: Annotated[float, setting(ServerConfig, "drain_s", "--drain", metavar="SECONDS")] = default_of(
+        ServerConfig, "drain_s"
+    ),
+    state_dir: Annotated[Path | None, setting(ServerConfig, "state_dir")] = None,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Write the log as one JSON object a line.")
+    ] = False,
+) -> None:
+    """Hold the trunk of a model; prints `listening on HOST:PORT` when ready.
+
+    SIGTERM or Ctrl-C drains: running steps finish, new sessions are refused.
+    """
+    require_loopback(host, insecure)
+
+    from splitlearn.monitor.logs import log_to_stderr
+    from splitlearn.server.trunk_server import TrunkServer
+
+    log_to_stderr(as_json=log_json)
+    server = TrunkServer(
+        model,
+        bottom_layers=bottom_layers,
+        top_layers=top_layers,
+        accept_label_leak=accept_label_leak,
+        host=host,
+        port=port,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        threads=threads,
+        drain_s=drain,
+        state_dir=state_dir,
+        sessions={"kv_budget_bytes": kv_budget, "session_tokens": session_tokens, "lease_s": lease},
+    )
+    serve_until_asked_to_stop(server)
+
+
+def require_loopback(host: str, insecure: bool) -> None:
+    """Raises BadParameter where the wire would be open to others and nobody has said that it may be."""
+    if not insecure and not is_loopback(host):
+        raise typer.BadParameter(
+            f"--host {host} is reachable from other machines, and there is no TLS yet: "
+            "anyone on the way could read the activations. Use 127.0.0.1, or write --insecure to accept that"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def serve_until_asked_to_stop(server: TrunkServer) -> None:
+    import structlog
+
+    log = structlog.get_logger("splitlearn.serve")
+    log.info("loading", model=server.config.model)
+    server.start()
+    stop = stop_signal()
+    log.info("serving", **facts(server))
+    print(f"listening on {server.address}", flush=True)
+    while not stop.wait(POLL_S):
+        if server.wait(0):
+            raise TrunkFailed("the server ended by itself: its log above has the cause")
+    log.info("draining", open_sessions=server.engine.open_sessions, at_most_s=server.config.drain_s)
+    server.stop()
+    log.info("stopped")
+
+
+def stop_signal() -> threading.Event:
+    """Set by the first SIGTERM or Ctrl-C; a second Ctrl-C ends the process at once."""
+    asked = threading.Event()
+
+    def ask(number: int, frame: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGINT, ask)
+    return asked
+
+
+def facts(server: TrunkServer) -> dict[str, Any]:
+    """What an operator wants to see of a server that has just started."""
+    engine = server.engine
+    trunk = engine.trunk
+    return {
+        "split": str(trunk.plan),
+        "model_type": trunk.config.model_type,
+        "device": str(trunk.device),
+        "dtype": str(trunk.dtype).removeprefix("torch."),
+        "attention": trunk.attention,
+        "batched": trunk.batched,
+        "kv_bytes": engine.kv.total_bytes,
+        "sessions_that_fit": engine.kv.slots,
+        "session_tokens": engine.kv.slot_tokens,
+    }

@@ -1,0 +1,55 @@
+"""`splitlearn verify`: the split model beside the whole one, on the user's own model."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from splitlearn.cli.ending import FAILED
+from splitlearn.cli.options import AcceptLabelLeak, Model, OwnBottomLayers, OwnTopLayers, Trunk, setting
+from splitlearn.config import ClientConfig, DTypeName
+
+PROMPT = "A model is cut in three: the ends stay with the owner of the text, and the middle runs elsewhere."
+
+
+def verify(
+    model: Model,
+    trunk: Trunk,
+    prompt: Annotated[str, typer.Option(help="The text that both models are given.")] = PROMPT,
+    bottom_layers: OwnBottomLayers = None,
+    top_layers: OwnTopLayers = None,
+    accept_label_leak: AcceptLabelLeak = False,
+    dtype: Annotated[DTypeName, typer.Option(help="Precision of the weights here, whole and split.")] = "auto",
+    wire_dtype: Annotated[DTypeName, setting(ClientConfig, "wire_dtype")] = "auto",
+) -> None:
+    """Load the whole model here too, and show that split and whole give the same."""
+    from splitlearn.cli.checks import print_checks
+    from splitlearn.cli.parity import Pair, parity_checks, tolerance_of
+    from splitlearn.cli.text import load_tokenizer, prompt_inputs
+    from splitlearn.cli.whole_model import load_whole
+    from splitlearn.client.grpc_transport import describe
+    from splitlearn.client.split_model import AutoSplitModelForCausalLM
+    from splitlearn.config import ClientConfig
+
+    inputs = prompt_inputs(load_tokenizer(model), prompt)
+    split = AutoSplitModelForCausalLM.from_pretrained(
+        model,
+        trunk=trunk,
+        bottom_layers=bottom_layers,
+        top_layers=top_layers,
+        accept_label_leak=accept_label_leak,
+        dtype=dtype,
+        wire_dtype=wire_dtype,
+    )
+    whole = load_whole(model, dtype)
+    facts = describe(trunk, ClientConfig().connect_s)
+    precisions = {facts.precision.weights, str(whole.dtype).removeprefix("torch.")}
+    if wire_dtype != "auto":
+        precisions.add(wire_dtype)
+    all_right = print_checks(
+        parity_checks(Pair(split, whole, tolerance_of(precisions, facts.device)), inputs)
+    )
+    split.close()
+    if not all_right:
+        raise typer.Exit(FAILED)
