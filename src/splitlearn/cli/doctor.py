@@ -36,7 +36,10 @@ def doctor(
         typer.Option(parser=parse_address, metavar="HOST:PORT", help="The trunk server to look at."),
     ] = None,
 ) -> None:
-    """Can this machine load, reach and run it? Each check is a line, with what to do where it is not ok."""
+    """Can this machine load, reach and run it?
+
+    Each check is a line, with what to do where it is not ok.
+    """
     if not print_checks(all_checks(model, trunk)):
         raise typer.Exit(FAILED)
 
@@ -66,7 +69,9 @@ def check_package(package: str) -> Check:
     if found is None:
         return failed(package, "not installed", f'pip install "{requirement}"')
     if not requirement.specifier.contains(found, prereleases=True):
-        return failed(package, f"{found}, supported is {requirement.specifier}", f'pip install "{requirement}"')
+        return failed(
+            package, f"{found}, supported is {requirement.specifier}", f'pip install "{requirement}"'
+        )
     return ok(package, found)
 
 
@@ -78,7 +83,9 @@ def check_threads(trunk: str | None) -> Check:
     here = trunk is not None and trunk.rpartition(":")[0] in ("127.0.0.1", "localhost", "[::1]")
     if here and "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > 1:
         return warning(
-            "threads", f"{found}, and the trunk is on this machine too", "set OMP_NUM_THREADS=1 for each process"
+            "threads",
+            f"{found}, and the trunk is on this machine too",
+            "set OMP_NUM_THREADS=1 for each process",
         )
     return ok("threads", found)
 
@@ -141,7 +148,9 @@ def check_same_model(checkpoint: Checkpoint | None, facts: TrunkFacts | None) ->
         return skipped("same model", "needs a MODEL that opens and a --trunk that answers")
     if facts.protocol != PROTOCOL:
         return failed(
-            "same model", f"the trunk speaks protocol {facts.protocol}, this is {PROTOCOL}", "install one version"
+            "same model",
+            f"the trunk speaks protocol {facts.protocol}, this is {PROTOCOL}",
+            "install one version",
         )
     sizes = (facts.bottom_layers, facts.trunk_layers, facts.top_layers)
     theirs = ModelIdentity(facts.config_hash, facts.weights_hash, *sizes)
@@ -149,7 +158,8 @@ def check_same_model(checkpoint: Checkpoint | None, facts: TrunkFacts | None) ->
         plan = SplitPlan.for_config(checkpoint.config, facts.bottom_layers, facts.top_layers, True)
         ours = fingerprint(checkpoint, plan)
         require_same_model(
-            ours=theirs, theirs=ModelIdentity.of(ours.config_hash, ours.weights_hash, sizes[0], len(plan.trunk), sizes[2])
+            ours=theirs,
+            theirs=ModelIdentity.of(ours.config_hash, ours.weights_hash, sizes[0], len(plan.trunk), sizes[2]),
         )
     except SplitLearnError as error:
         return failed("same model", error.message)
@@ -161,8 +171,10 @@ def _client_bytes(checkpoint: Checkpoint) -> int:
     from splitlearn.model.plan import SplitPlan
 
     try:
-        plan = checkpoint.note.plan if checkpoint.note else SplitPlan.for_config(
-            checkpoint.config, BOTTOM_LAYERS, TOP_LAYERS
+        plan = (
+            checkpoint.note.plan
+            if checkpoint.note
+            else SplitPlan.for_config(checkpoint.config, BOTTOM_LAYERS, TOP_LAYERS)
         )
     except SplitLearnError:
         return 0

@@ -6,10 +6,9 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import typer
-from typer.core import TyperGroup
 
 from splitlearn.errors import SplitLearnError
 
@@ -19,18 +18,6 @@ TERMINATED = 143
 
 # The common base of all that is wrong about a command's words; typer gives it no public name.
 UsageError = cast(type[Any], typer.BadParameter.__base__)
-
-
-class Verbs(TyperGroup):
-    """The verbs of `splitlearn`, each ended in one line where it fails."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        with one_line_errors(debug=False):
-            return super().parse_args(ctx, args)
-
-    def invoke(self, ctx: Any) -> Any:
-        with one_line_errors(debug=ctx.params.get("debug", False)):
-            return super().invoke(ctx)
 
 
 @contextmanager
@@ -46,11 +33,11 @@ def one_line_errors(*, debug: bool) -> Iterator[None]:
     except SplitLearnError as error:
         _fail(error.message, debug)
     except Exception as error:
-        hint = "" if debug else "; `splitlearn --debug` before the verb shows where"
+        hint = "" if debug else "; `splitlearn --debug VERB ...` shows where"
         _fail(f"{type(error).__name__}: {error}{hint}", debug)
 
 
-def _fail(message: str, debug: bool) -> None:
+def _fail(message: str, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exc()
     _say(message)
@@ -63,5 +50,5 @@ def _say(message: str) -> None:
 
 def _usage_line(error: Any) -> str:
     command = error.ctx.command_path if error.ctx else "splitlearn"
-    message = " ".join(error.format_message().split()).removesuffix(".")
+    message = " ".join(error.format_message().split()).removesuffix(".").replace("Value error, ", "")
     return f"{message}; see {command} --help"

@@ -49,7 +49,7 @@ def generate(
         str, typer.Option(help="Where bottom and top run, for example `cpu` or `cuda`.")
     ] = "cpu",
 ) -> None:
-    """Generate text with the trunk on a server: text to stdout, timings and bytes to stderr."""
+    """Generate text: to stdout as it is made, timings and bytes to stderr."""
     from transformers import set_seed
 
     from splitlearn.cli.generation import generate_text, sampling

@@ -1,4 +1,4 @@
-"""The `splitlearn` command and its verbs."""
+"""The `splitlearn` command: what is true of every verb."""
 
 from __future__ import annotations
 
@@ -11,15 +11,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from splitlearn import __version__
-from splitlearn.cli.chat import chat
-from splitlearn.cli.demo import demo
-from splitlearn.cli.doctor import doctor
-from splitlearn.cli.ending import TERMINATED, WRONG_USE, Verbs
-from splitlearn.cli.generate import generate
-from splitlearn.cli.plan import plan
-from splitlearn.cli.serve import serve
-from splitlearn.cli.slice import slice_model
-from splitlearn.cli.verify import verify
+from splitlearn.cli.ending import TERMINATED, WRONG_USE
+from splitlearn.cli.verbs import Verbs
 
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -28,15 +21,7 @@ QUIET = {
 }
 """So that what goes wrong is one line of ours; a variable that is set already stays as it is."""
 
-app = typer.Typer(name="splitlearn", cls=Verbs, pretty_exceptions_enable=False)
-app.command()(serve)
-app.command("slice")(slice_model)
-app.command()(generate)
-app.command()(chat)
-app.command()(plan)
-app.command()(verify)
-app.command()(doctor)
-app.command()(demo)
+app = typer.Typer(name="splitlearn", cls=Verbs, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @app.callback(invoke_without_command=True)
@@ -54,7 +39,7 @@ def splitlearn(
 
 
 def main() -> NoReturn:
-    """The process's entry: runs one command and ends with its exit code."""
+    """Run one command and end the process with its exit code."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     if not sys.warnoptions:

@@ -113,5 +113,7 @@ def _compare(split_BTV: Tensor, whole_BTV: Tensor, tolerance: float) -> tuple[bo
         return True, f"bit for bit equal ({split_BTV.numel():,} numbers)"
     apart = float((split_BTV.float() - whole_BTV.float()).abs().max())
     relative = apart / float(whole_BTV.float().abs().max())
-    found = f"at most {apart:.1e} apart, {relative:.1e} of the largest (allowed {tolerance:.0e}); not bit for bit"
+    found = (
+        f"at most {apart:.1e} apart, {relative:.1e} of the largest (allowed {tolerance:.0e}); not bit for bit"
+    )
     return relative <= tolerance, found

@@ -38,7 +38,10 @@ def plan(
     session_tokens: Annotated[int, setting(SessionConfig, "session_tokens", min=1)] = SESSION_TOKENS,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of the table.")] = False,
 ) -> None:
-    """What a split takes on each side and on the wire; opens the configuration and the tensors' headers only."""
+    """Layers, memory and bytes of a split, before anything runs.
+
+    Opens the configuration and the tensors' headers only; of a hub id the files are fetched first.
+    """
     from splitlearn.cli.cost import Work, split_cost
     from splitlearn.model.checkpoint import Checkpoint
     from splitlearn.model.plan import SplitPlan

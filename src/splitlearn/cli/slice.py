@@ -11,7 +11,7 @@ from splitlearn.cli.options import BOTTOM_LAYERS, TOP_LAYERS, AcceptLabelLeak, B
 from splitlearn.cli.sizes import show_bytes
 
 
-def slice_model(
+def slice(
     model: Model,
     part: Annotated[
         Literal["client", "trunk"], typer.Option(help="Bottom and top, or what is between them.")
@@ -21,7 +21,10 @@ def slice_model(
     top_layers: TopLayers = TOP_LAYERS,
     accept_label_leak: AcceptLabelLeak = False,
 ) -> None:
-    """Write a folder with one side's tensors only, so that nobody need hold the rest."""
+    """Write a folder with one side's tensors only.
+
+    Its owner need not hold the rest of the model, nor download it.
+    """
     from splitlearn.model.checkpoint import Checkpoint
     from splitlearn.model.plan import SplitPlan
     from splitlearn.model.slices import write_slice

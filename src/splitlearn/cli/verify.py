@@ -20,17 +20,21 @@ def verify(
     bottom_layers: OwnBottomLayers = None,
     top_layers: OwnTopLayers = None,
     accept_label_leak: AcceptLabelLeak = False,
-    dtype: Annotated[DTypeName, typer.Option(help="Precision of the weights here, whole and split.")] = "auto",
+    dtype: Annotated[
+        DTypeName, typer.Option(help="Precision of the weights here, whole and split.")
+    ] = "auto",
     wire_dtype: Annotated[DTypeName, setting(ClientConfig, "wire_dtype")] = "auto",
 ) -> None:
-    """Load the whole model here too, and show that split and whole give the same."""
+    """Show that split and whole give the same, on your own model.
+
+    Loads the whole model here too.
+    """
     from splitlearn.cli.checks import print_checks
     from splitlearn.cli.parity import Pair, parity_checks, tolerance_of
     from splitlearn.cli.text import load_tokenizer, prompt_inputs
     from splitlearn.cli.whole_model import load_whole
     from splitlearn.client.grpc_transport import describe
     from splitlearn.client.split_model import AutoSplitModelForCausalLM
-    from splitlearn.config import ClientConfig
 
     inputs = prompt_inputs(load_tokenizer(model), prompt)
     split = AutoSplitModelForCausalLM.from_pretrained(

@@ -63,6 +63,7 @@ class GrpcTransport:
         self._client = secrets.token_bytes(CLIENT_ID_BYTES)
         self._lock = threading.Lock()
         self._channels: list[grpc.Channel] = []
+        self._sessions: set[int] = set()
         self._bulk: StepStream | None = None
         self._small, welcome = self._connect()
         self.agreement = agreement(welcome)
@@ -82,13 +83,18 @@ class GrpcTransport:
         forked = self._small.fork(fork_to_proto(message), self._config.decode_s)
         if forked.HasField("error"):
             raise error_from_proto(forked.error)
+        self._sessions.add(message.into)
 
     def close_session(self, message: CloseMessage) -> None:
+        self._sessions.discard(message.session)
         self._small.tell(
             pb.ClientMessage(close=pb.CloseSession(session=message.session, incarnation=message.incarnation))
         )
 
     def close(self) -> None:
+        """End the connection; the server frees what its sessions hold."""
+        for session in list(self._sessions):
+            self.close_session(CloseMessage(session))
         for stream in (self._small, self._bulk):
             if stream is not None:
                 stream.close()
@@ -104,6 +110,8 @@ class GrpcTransport:
         decoded = answer_from_proto(answer, shape, checksum=self.agreement.checksum)
         if decoded.error is not None:
             raise decoded.error
+        if message.open is not None:
+            self._sessions.add(message.key.session)
         return decoded
 
     def _bulk_stream(self) -> StepStream:

@@ -23,6 +23,7 @@ from splitlearn.wire.status import error_from_proto
 from splitlearn.wire.steps import key_from_proto
 
 WELCOME = "welcome"
+CLOSE_S = 2.0
 
 
 class StepStream:
@@ -38,7 +39,8 @@ class StepStream:
         self._broken: SplitLearnError | None = None
         self._numbers = count(1)
         self._call = rpc.TrunkStub(channel).Steps(iter(self._outgoing.get, None))
-        threading.Thread(target=self._read, name="splitlearn answers", daemon=True).start()
+        self._reader = threading.Thread(target=self._read, name="splitlearn answers", daemon=True)
+        self._reader.start()
 
     def greet(self, hello: pb.Hello, timeout_s: float) -> pb.Welcome:
         """The server's welcome; raises what it refuses with, or TrunkUnreachable."""
@@ -58,15 +60,15 @@ class StepStream:
         self._outgoing.put(message)
 
     def close(self) -> None:
-        """End the stream once what was told is sent."""
+        """End the stream once the server has read what was told; who still waits is told so."""
         self._outgoing.put(None)
+        # A finalizer may run on any thread, this stream's own reader among them.
+        if threading.current_thread() is not self._reader:
+            self._reader.join(CLOSE_S)
+        self._break(TrunkUnreachable(f"the connection to {self._address} was closed here: load the model again"))
 
     def cancel(self) -> None:
         self._call.cancel()
-
-    @property
-    def is_broken(self) -> bool:
-        return self._broken is not None
 
     def _ask(self, name: StepKey | int | str, message: pb.ClientMessage, timeout_s: float) -> Any:
         future: Future[Any] = Future()

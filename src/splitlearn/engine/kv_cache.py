@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,11 +52,11 @@ class KvCache:
                 f"({self.token_bytes * slot_tokens:,} bytes): raise --kv-budget or lower --session-tokens"
             )
         self.keys_SHLE = [
-            torch.zeros(self.slots, shape.heads, slot_tokens, shape.key_size, dtype=dtype, device=device)
+            _zeros((self.slots, shape.heads, slot_tokens, shape.key_size), dtype, device)
             for shape in shapes
         ]
         self.values_SHLE = [
-            torch.zeros(self.slots, shape.heads, slot_tokens, shape.value_size, dtype=dtype, device=device)
+            _zeros((self.slots, shape.heads, slot_tokens, shape.value_size), dtype, device)
             for shape in shapes
         ]
         self.visible_SL = torch.ones(self.slots, slot_tokens, dtype=torch.bool, device=device)
@@ -126,3 +128,12 @@ class KvCache:
             if run[-1] - run[0] == rows - 1:
                 return run
         return None
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch.zeros would write to every page: seconds at the start, and the whole budget taken at once.
+    size = math.prod(shape) * dtype.itemsize
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

@@ -100,13 +100,18 @@ class Checkpoint:
         return entries
 
     @contextmanager
-    def slices(self, keys: Iterable[str]) -> Iterator[dict[str, Any]]:
-        """Each tensor as a handle, read when it is indexed; the files stay open meanwhile."""
+    def slices(self, keys: Iterable[str], *, mapped: bool = True) -> Iterator[dict[str, Any]]:
+        """Each tensor as a handle, read when it is indexed; the files stay open meanwhile.
+
+        A mapped tensor lies in the file until it is changed. One that is converted anyway is better
+        read: else file and result are in memory together.
+        """
+        backend = "mmap" if mapped else "pread"
         handles: dict[str, Any] = {}
         with ExitStack() as open_files:
             for path, names in self._by_file(keys).items():
                 read_header(path)
-                file = open_files.enter_context(safe_open(str(path), framework="pt"))
+                file = open_files.enter_context(safe_open(str(path), framework="pt", backend=backend))
                 handles |= {name: file.get_slice(name) for name in names}
             yield handles
 

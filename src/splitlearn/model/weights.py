@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from splitlearn.model.fingerprint import Fingerprint, hash_config, hash_weights,
 from splitlearn.model.plan import SplitPlan
 from splitlearn.model.segments import TrunkSegment, client_class, trunk_class
 
-_FILE_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_FILE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMED_IN_AN_ERROR = 3
 
 
@@ -71,12 +71,11 @@ def resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint) -> torch.dty
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
-        dtype = str(checkpoint.config.dtype or _stored_dtype(checkpoint)).removeprefix("torch.")
-    if dtype not in _FILE_DTYPES.values():
-        known = ", ".join(sorted(_FILE_DTYPES.values()))
-        raise SettingError(f"dtype {dtype!r} is not known; take auto or one of {known}")
-    resolved: torch.dtype = getattr(torch, dtype)
-    return resolved
+        return checkpoint.config.dtype or _stored_dtype(checkpoint, checkpoint.keys)
+    known = {str(each).removeprefix("torch."): each for each in _FILE_DTYPES.values()}
+    if dtype not in known:
+        raise SettingError(f"dtype {dtype!r} is not known; take auto or one of {', '.join(sorted(known))}")
+    return known[dtype]
 
 
 def _load(
@@ -89,20 +88,24 @@ def _load(
     attn_implementation: str | None,
 ) -> PreTrainedModel:
     checkpoint.check_serves(side, plan)
-    how: dict[str, Any] = {"dtype": resolve_dtype(dtype, checkpoint)}
+    keys, device = checkpoint.keys_of(side, plan), torch.device(device)
+    # With mismatched sizes a fault like any other, where the library would not name the tensor.
+    how: dict[str, Any] = {"dtype": resolve_dtype(dtype, checkpoint), "ignore_mismatched_sizes": True}
     if attn_implementation is not None:
         how["attn_implementation"] = attn_implementation
-    if torch.device(device).type != "cpu":
-        how["device_map"] = {"": torch.device(device)}  # each tensor goes there as it is read
-    # Reported like any other fault, where the library would raise without naming the tensor.
-    how["ignore_mismatched_sizes"] = True
-    with _quiet(), checkpoint.slices(checkpoint.keys_of(side, plan)) as tensors:
+    if device.type != "cpu":
+        how["device_map"] = {"": device}  # each tensor goes there as it is read
+    stays_as_stored = device.type == "cpu" and how["dtype"] == _stored_dtype(checkpoint, keys)
+    with _quiet(), checkpoint.slices(keys, mapped=stays_as_stored) as tensors:
         try:
             model, told = cut_class.from_pretrained(
                 None, config=checkpoint.config, state_dict=tensors, output_loading_info=True, **how
             )
         except RuntimeError as error:
-            raise CheckpointError(f"{checkpoint.source} cannot be loaded for the {side}: {error}") from error
+            first_line = str(error).strip().partition("\n")[0]
+            raise CheckpointError(
+                f"{checkpoint.source} cannot be loaded for the {side}: {first_line}"
+            ) from error
     _check_complete(checkpoint, side, told)
     return model.eval()
 
@@ -128,12 +131,13 @@ def _some(names: Any) -> str:
     return ", ".join(names[:_NAMED_IN_AN_ERROR]) + (f" and {more} more" if more > 0 else "")
 
 
-def _stored_dtype(checkpoint: Checkpoint) -> str:
+def _stored_dtype(checkpoint: Checkpoint, keys: Iterable[str]) -> torch.dtype:
     """The first floating tensor's, as the library decides it where the configuration is silent."""
-    for _, entry in checkpoint.entries(checkpoint.keys).values():
+    for key in keys:
+        _, entry = checkpoint.entries([key])[key]
         if entry.dtype in _FILE_DTYPES:
             return _FILE_DTYPES[entry.dtype]
-    return "float32"
+    return torch.float32
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -130,7 +131,7 @@ class ClientStream:
     def _encode(self, done: Future[AnswerMessage], format: FrameFormat) -> None:
         """On the engine's thread: hand over at once."""
         if not done.cancelled():
-            self._send(lambda: pb.ServerMessage(answer=answer_to_proto(done.result(), format)))
+            self._send(lambda: pb.ServerMessage(answer=_encoded(done.result(), format)))
 
     def _fork(self, proto: pb.ForkSession) -> None:
         self._unanswered += 1
@@ -163,6 +164,15 @@ class ClientStream:
     def _close_if_done(self) -> None:
         if self._all_read and not self._unanswered:
             self._outbox.put_nowait(None)
+
+
+def _encoded(answer: AnswerMessage, format: FrameFormat) -> pb.Answer:
+    """With the time that the copy from the device and the codec took."""
+    started = time.perf_counter()
+    proto = answer_to_proto(answer, format)
+    if answer.activation_BTD is not None:
+        proto.timings.copied_us = int((time.perf_counter() - started) * 1e6)
+    return proto
 
 
 def _forked(session: int, error: BaseException | None) -> pb.ServerMessage:

@@ -70,11 +70,12 @@ class Slots:
         self, hidden_BTD: Tensor, rows: list[int], starts: list[int], key_mask_BK: Tensor | None = None
     ) -> Tensor:
         columns_BT = torch.tensor(starts)[:, None] + torch.arange(hidden_BTD.shape[1])
+        columns_BT = columns_BT.to(hidden_BTD.device)
         self.batch.rows_B, self.batch.positions_BT = torch.tensor(rows), columns_BT
-        hidden = key_mask_BK if key_mask_BK is not None else torch.ones(len(rows), LONGEST, dtype=torch.bool)
-        positions_BT = columns_BT - (~hidden[:, :LONGEST]).sum(dim=1, keepdim=True)
+        padding_B1 = 0 if key_mask_BK is None else (~key_mask_BK).sum(dim=1, keepdim=True)
+        positions_BT = (columns_BT - padding_B1).clamp_min(0)
         with ragged(columns_BT, key_mask_BK):
-            return self.trunk(hidden_BTD, position_ids=positions_BT.clamp_min(0), past_key_values=self.cache)
+            return self.trunk(hidden_BTD, position_ids=positions_BT, past_key_values=self.cache)
 
 
 def _alone(trunk: TrunkSegment, prompt: Tensor, new: Tensor, padding: int = 0) -> Tensor:
@@ -83,13 +84,12 @@ def _alone(trunk: TrunkSegment, prompt: Tensor, new: Tensor, padding: int = 0) -
     for state_BTD in (prompt, *new.split(1, dim=1)):
         start = cache.get_seq_length()
         length = start + state_BTD.shape[1]
-        mask = torch.ones(1, length, dtype=torch.long)
-        mask[:, :padding] = 0
+        columns = torch.arange(length, device=trunk.device)
         answers.append(
             trunk(
                 state_BTD,
-                attention_mask=mask if padding else None,
-                position_ids=(torch.arange(start, length) - padding).clamp_min(0)[None],
+                attention_mask=(columns >= padding).long()[None] if padding else None,
+                position_ids=(columns[start:] - padding).clamp_min(0)[None],
                 past_key_values=cache,
             )
         )
@@ -121,12 +121,19 @@ def test_so_they_are_with_eager_attention(family: str):
     _check_ragged(trunk)
 
 
+@pytest.mark.gpu
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "gpt_oss", "deepseek_v3"])
+def test_so_they_are_on_a_gpu(family: str):
+    _check_ragged(_trunk(family).to("cuda"))
+
+
 def _check_ragged(trunk: TrunkSegment) -> None:
     lengths, new_tokens = [3, 13], 4
-    states = [torch.randn(1, length + new_tokens, trunk.hidden_size) for length in lengths]
+    states = [torch.randn(1, length + new_tokens, 32, device=trunk.device) for length in lengths]
     alone = [
         _alone(trunk, *state.tensor_split([length], dim=1))
-        for state, length in zip(states, lengths, strict=False)
+        for state, length in zip(states, lengths, strict=True)
     ]
     slots = Slots(trunk)
     for row, length in enumerate(lengths):
@@ -134,9 +141,9 @@ def _check_ragged(trunk: TrunkSegment) -> None:
         assert _worst(ours, alone[row][:, :length]) <= 1e-5
     for step in range(new_tokens):
         ends = [length + step for length in lengths]
-        batch = torch.cat([state[:, end : end + 1] for state, end in zip(states, ends, strict=False)])
+        batch = torch.cat([state[:, end : end + 1] for state, end in zip(states, ends, strict=True)])
         ours = slots.run(batch, [0, 1], ends)
-        theirs = torch.cat([answer[:, end : end + 1] for answer, end in zip(alone, ends, strict=False)])
+        theirs = torch.cat([answer[:, end : end + 1] for answer, end in zip(alone, ends, strict=True)])
         assert _worst(ours, theirs) <= 1e-5
 
 

@@ -82,7 +82,7 @@ def test_a_slice_of_the_other_side_is_refused(sliced, in_process):
 @pytest.mark.parametrize("part", ["client", "trunk"])
 def test_a_slice_of_another_split_is_refused(sliced, part: str):
     checkpoint, other = sliced("llama", part), SplitPlan(6, 1, 2)
-    with pytest.raises(CheckpointError, match="is cut 2/2/2.*asked for is 1/3/2"):
+    with pytest.raises(CheckpointError, match=r"is cut 2/2/2.*asked for is 1/3/2"):
         load_trunk(checkpoint, other) if part == "trunk" else load_client(
             checkpoint, other, torch.nn.Identity
         )

@@ -247,3 +247,18 @@ def test_the_clients_model_generates_as_its_folder_says(folder_of, tmp_path: Pat
 def test_loading_prints_nothing(folder_of, capfd: pytest.CaptureFixture):
     load_trunk(Checkpoint.open(folder_of("llama")), PLAN)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gemma3_text", "opt", "bloom", "gptj"])
+def test_both_sides_load_onto_a_gpu(folder_of, in_process, family: str, ids: Tensor):
+    checkpoint, gpu = Checkpoint.open(folder_of(family)), torch.device("cuda", 0)
+    trunk = in_process(load_trunk(checkpoint, PLAN, device="cuda"))
+    client = load_client(checkpoint, PLAN, lambda: trunk, device=gpu)
+    for model in (trunk.segment, client):
+        assert {each.device for each in (*model.parameters(), *model.buffers())} == {gpu}
+    whole = tiny_whole(folder_of(family)).to(gpu)
+    ours, theirs = client(ids.to(gpu), use_cache=False).logits, whole(ids.to(gpu), use_cache=False).logits
+    assert torch.equal(ours, theirs)
+    assert load_trunk(checkpoint, PLAN, "bfloat16", gpu).dtype == torch.bfloat16

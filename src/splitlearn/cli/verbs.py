@@ -1,0 +1,52 @@
+"""The verbs of `splitlearn`, each loaded when it is asked for, so that `--help` is there at once."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from splitlearn.cli.ending import one_line_errors
+
+VERBS = {
+    "serve": "Hold the trunk of a model; prints `listening on HOST:PORT` when ready.",
+    "slice": "Write a folder with one side's tensors only.",
+    "generate": "Generate text: to stdout as it is made, timings and bytes to stderr.",
+    "chat": "Talk with a model; `/exit` or Ctrl-D ends it.",
+    "plan": "Layers, memory and bytes of a split, before anything runs.",
+    "verify": "Show that split and whole give the same, on your own model.",
+    "doctor": "Can this machine load, reach and run it?",
+    "demo": "All of it on one machine, with a small real model.",
+}
+"""Each verb's file and function have its name; the function's help begins with this line."""
+
+
+class Verbs(TyperGroup):
+    """Knows the verbs by name, and ends each as its exit code says."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return load_verb(cmd_name) if cmd_name in VERBS else None
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with one_line_errors(debug=False):
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        with one_line_errors(debug=ctx.params.get("debug", False)):
+            return super().invoke(ctx)
+
+
+def load_verb(name: str) -> Any:
+    """The command of this name, with its options."""
+    verb = typer.Typer(add_completion=False, rich_markup_mode=None)
+    verb.command(name)(getattr(import_module(f"splitlearn.cli.{name}"), name))
+    return typer.main.get_command(verb)

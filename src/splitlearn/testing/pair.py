@@ -1,0 +1,82 @@
+"""A whole model, and the same model split over a real gRPC server: what tests compare."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from splitlearn.client.split_model import AutoSplitModelForCausalLM
+from splitlearn.engine.engine import Engine
+from splitlearn.model.skeleton import decoder_of, layers_of
+from splitlearn.server.trunk_server import TrunkServer
+from splitlearn.testing.tiny import tiny_model, tiny_whole
+
+LIVELY = 20.0
+SESSION_TOKENS = 96
+MEET_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Both generate to the last token asked for: neither stops at an end token."""
+
+    whole: PreTrainedModel
+    split: PreTrainedModel
+    server: TrunkServer
+
+    @property
+    def engine(self) -> Engine:
+        return self.server.engine
+
+
+@contextmanager
+def served_pair(folder: str | Path, **settings: Any) -> Iterator[Pair]:
+    """The model in this folder, whole and split 2/n/2; `settings` are the server's."""
+    how: dict[str, Any] = {"port": 0, "dtype": "float32", "sessions": {"session_tokens": SESSION_TOKENS}}
+    with TrunkServer(folder, **(how | settings)) as server:
+        whole = tiny_whole(folder)
+        split = AutoSplitModelForCausalLM.from_pretrained(folder, trunk=server.address, dtype="float32")
+        for model in (whole, split):
+            model.generation_config.eos_token_id = None
+        try:
+            yield Pair(whole, split, server)
+        finally:
+            split.close()
+
+
+def lively_model(family: str, folder: str | Path, seed: int = 0, **overrides: Any) -> Path:
+    """A tiny model whose tokens depend on all those before them.
+
+    With the library's small random weights most families repeat one token, whatever their layers do.
+    """
+    whole = tiny_whole(tiny_model(family, folder, seed, **overrides))
+    with torch.no_grad():
+        for weight in layers_of(decoder_of(whole)).parameters():
+            if weight.ndim > 1:
+                weight.mul_(LIVELY)
+    whole.save_pretrained(folder)
+    return Path(folder)
+
+
+@contextmanager
+def meeting(engine: Engine, sessions: int) -> Iterator[None]:
+    """Within it a batch runs only once steps of this many sessions are ready, so that they surely meet."""
+
+    def wait_for_company() -> None:
+        until = time.monotonic() + MEET_S
+        while len(engine._ready) < sessions and time.monotonic() < until:
+            engine._queue.wait(until - time.monotonic())
+            engine._accept()
+
+    vars(engine)["_wait_for_company"] = wait_for_company
+    try:
+        yield
+    finally:
+        del vars(engine)["_wait_for_company"]
