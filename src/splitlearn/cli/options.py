@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from splitlearn.config import ClientConfig, ServerConfig, SessionConfig, Settings
+from splitlearn.config import ClientConfig, DTypeName, ServerConfig, SessionConfig, Settings
 
 _ADDRESS = re.compile(r"(\[[^\]]+\]|[^:\s]+):(\d{1,5})")
 
@@ -55,8 +55,22 @@ OwnTopLayers = Annotated[
     ),
 ]
 
+OwnDType = Annotated[DTypeName, typer.Option("--dtype", help="Precision of the weights that are here.")]
+WireDType = Annotated[DTypeName, setting(ClientConfig, "wire_dtype")]
+OwnDevice = Annotated[
+    str, typer.Option("--device", help="Where bottom and top run, for example `cpu` or `cuda`.")
+]
+
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Stop after so many tokens at the latest.")]
+Temperature = Annotated[
+    float, typer.Option(min=0, help="0 takes the likeliest token each time; above 0 samples.")
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this total probability."),
+]
+Seed = Annotated[int | None, typer.Option(help="The same seed samples the same text.")]
+
 BOTTOM_LAYERS: int = default_of(ServerConfig, "bottom_layers")
 TOP_LAYERS: int = default_of(ServerConfig, "top_layers")
 SESSION_TOKENS: int = default_of(SessionConfig, "session_tokens")
-
-WireDType = Annotated[str, setting(ClientConfig, "wire_dtype")]

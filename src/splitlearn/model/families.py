@@ -22,6 +22,7 @@ class Family:
 
 
 ALIBI = "ALiBi: the bias is made from the batch's longest row, not from each row's own positions"
+LONGROPE = "longrope: the batch's furthest position decides how all its rows are rotated"
 NOT_IN_TABLE = "not in the table of families proven in a batch"
 
 PROVEN = {
@@ -95,9 +96,12 @@ def family_of(config: PreTrainedConfig) -> Family:
     reason = _why_refused(config)
     if reason:
         raise UnsupportedModel(f"{config.model_type} is not supported: {reason}")
+    family = PROVEN.get(config.model_type) or _unlisted(config)
     if config.model_type == "falcon" and config.alibi:
         return Family("falcon", batched=False, reason=ALIBI)
-    return PROVEN.get(config.model_type) or _unlisted(config)
+    if "longrope" in _rope_types(config):
+        return Family(config.model_type, batched=False, reason=LONGROPE)
+    return family
 
 
 def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -136,12 +140,21 @@ def _why_refused(config: PreTrainedConfig) -> str:
         return "its layers attend to an encoder"
     if _says(config, "use_bidirectional_attention") or not getattr(config, "is_causal", True):
         return "its attention looks ahead"
+    if "dynamic" in _rope_types(config):
+        return "how far its rotary positions are stretched (dynamic) depends on what ran before"
     if config.model_type in REFUSED:
         return REFUSED[config.model_type]
     other = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION_KINDS)
     if other:
         return f"its layers are of a kind that is not proven ({', '.join(other)})"
     return ""
+
+
+def _rope_types(config: PreTrainedConfig) -> set[str]:
+    """Told once, or once for each type of layer."""
+    told: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    by_layer_type = [each for each in told.values() if isinstance(each, dict)]
+    return {each.get("rope_type", "default") for each in by_layer_type or [told]}
 
 
 def _says(config: PreTrainedConfig, name: str) -> bool:

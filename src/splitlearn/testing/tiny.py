@@ -153,6 +153,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama(tied)": PROVEN["llama"] | {"tie_word_embeddings": True},
     "qwen2(window)": PROVEN["qwen2"]
     | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3},
+    "gpt2(inverse)": PROVEN["gpt2"] | {"scale_attn_by_inverse_layer_idx": True},
+    "phi3(longrope)": PROVEN["phi3"]
+    | {
+        "original_max_position_embeddings": 8,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * 4,
+            "long_factor": [2.0, 3.0, 4.0, 5.0],
+            "original_max_position_embeddings": 8,
+        },
+    },
     "smollm3(nope)": PROVEN["smollm3"] | {"no_rope_layers": [1, 0, 1, 1, 0, 1]},
 }
 """Settings within a family that change what its layers do."""

@@ -11,7 +11,7 @@ from splitlearn.model.families import PROVEN as TABLE
 from splitlearn.model.plainness import why_not_plain
 from splitlearn.testing.tiny import PROVEN, REFUSED, UNLISTED, VARIANTS, tiny_config
 
-ALIBI = {"bloom", "mpt", "falcon(alibi)"}
+ONE_BY_ONE = {"bloom": "ALiBi", "mpt": "ALiBi", "falcon(alibi)": "ALiBi", "phi3(longrope)": "longrope"}
 
 
 def test_every_row_of_the_table_has_a_tiny_model():
@@ -19,10 +19,10 @@ def test_every_row_of_the_table_has_a_tiny_model():
 
 
 @pytest.mark.parametrize("name", [*PROVEN, *VARIANTS])
-def test_proven_families_run_batched_unless_they_use_alibi(name: str):
+def test_proven_families_run_batched_unless_the_batch_would_change_a_row(name: str):
     family = family_of(tiny_config(name))
-    assert family.batched == (name not in ALIBI)
-    assert ("ALiBi" in family.reason) == (name in ALIBI)
+    assert family.batched == (name not in ONE_BY_ONE)
+    assert family.reason.startswith(ONE_BY_ONE.get(name, ""))
 
 
 @pytest.mark.parametrize("name", UNLISTED)
@@ -58,6 +58,8 @@ def test_refusal_says_which_family_and_why(name: str, reason: str):
         ({"num_kv_shared_layers": 2}, "share keys and values"),
         ({"hidden_size_per_layer_input": 8}, "per-layer inputs"),
         ({"layer_types": ["full_attention", "linear_attention"] * 3}, "linear_attention"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "depends on what ran before"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}, "depends on what ran before"),
         ({"use_bidirectional_attention": True}, "looks ahead"),
         ({"add_cross_attention": True}, "encoder"),
     ],
