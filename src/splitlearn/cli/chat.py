@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from typing import Annotated, Any
 
 import typer
 
-from splitlearn.cli.options import AcceptLabelLeak, Model, OwnBottomLayers, OwnTopLayers, Trunk, setting
-from splitlearn.config import ClientConfig, DTypeName
+from splitlearn.cli.options import (
+    AcceptLabelLeak,
+    MaxNewTokens,
+    Model,
+    OwnBottomLayers,
+    OwnDevice,
+    OwnDType,
+    OwnTopLayers,
+    Seed,
+    Temperature,
+    TopP,
+    Trunk,
+    WireDType,
+)
 from splitlearn.errors import SessionLost
 
 GOODBYE = "/exit"
@@ -18,34 +31,27 @@ def chat(
     model: Model,
     trunk: Trunk,
     system: Annotated[str | None, typer.Option(help="What the model is told before the first turn.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
-    temperature: Annotated[
-        float, typer.Option(min=0, help="0 takes the likeliest token each time; above 0 samples.")
-    ] = 0.0,
-    top_p: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this total probability."),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed samples the same text.")] = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = None,
+    seed: Seed = None,
     bottom_layers: OwnBottomLayers = None,
     top_layers: OwnTopLayers = None,
     accept_label_leak: AcceptLabelLeak = False,
-    dtype: Annotated[DTypeName, typer.Option(help="Precision of the client's weights.")] = "auto",
-    wire_dtype: Annotated[DTypeName, setting(ClientConfig, "wire_dtype")] = "auto",
-    device: Annotated[
-        str, typer.Option(help="Where bottom and top run, for example `cpu` or `cuda`.")
-    ] = "cpu",
+    dtype: OwnDType = "auto",
+    wire_dtype: WireDType = "auto",
+    device: OwnDevice = "cpu",
 ) -> None:
     """Talk with a model; `/exit` or Ctrl-D ends it.
 
     Between turns the cache stays on the trunk: only what is new is sent.
     """
-    from transformers import set_seed
-
     from splitlearn.cli.generation import sampling
     from splitlearn.cli.text import load_tokenizer
     from splitlearn.client.split_model import AutoSplitModelForCausalLM
 
+    how = sampling(temperature, top_p, seed) | {"max_new_tokens": max_new_tokens}
+    tokenizer = load_tokenizer(model)
     client = AutoSplitModelForCausalLM.from_pretrained(
         model,
         trunk=trunk,
@@ -56,13 +62,10 @@ def chat(
         device=device,
         wire_dtype=wire_dtype,
     )
-    if seed is not None:
-        set_seed(seed)
-    how = {"max_new_tokens": max_new_tokens} | sampling(temperature, top_p)
-    conversation = Conversation(client, load_tokenizer(model), system, how)
-    while (said := _listen()) is not None:
-        conversation.answer(said)
-    client.close()
+    with closing(client):
+        conversation = Conversation(client, tokenizer, system, how)
+        while (said := _listen()) is not None:
+            conversation.answer(said)
 
 
 class Conversation:
@@ -126,9 +129,11 @@ def common_length(first: list[int], second: list[int]) -> int:
 
 
 def _listen() -> str | None:
-    """What the user types next; None at the end."""
-    try:
-        said = input("> " if sys.stdin.isatty() else "")
-    except EOFError:
-        return None
-    return None if said.strip() == GOODBYE else said
+    """What the user says next; None at the end. An empty line says nothing."""
+    said = ""
+    while not said:
+        try:
+            said = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return None
+    return None if said == GOODBYE else said

@@ -21,7 +21,7 @@ BOTH_WAYS = 2
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is to be done with the model: rows at once, tokens of the prompt (or of a training row), new ones."""
+    """What is to be done: rows at once, tokens of a prompt or of a training row, new tokens."""
 
     batch: int
     seq: int

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from splitlearn.cli.demo_model import bundled_model, is_made
-from splitlearn.cli.machine import peak_memory_bytes
+from splitlearn.cli.memory import peak_memory_bytes
 from splitlearn.cli.options import BOTTOM_LAYERS, TOP_LAYERS
 from splitlearn.cli.sizes import show_bytes
 from splitlearn.cli.trunk_process import TrunkProcess
@@ -24,11 +24,14 @@ if TYPE_CHECKING:
 
 PROMPT = "Explain in a few sentences why a hospital keeps its patients' records private."
 
-STAYED = """\
-What stayed on this side of the wire: the text, its tokens, the embeddings, the first {bottom} and the last {top} \
-layers, the head, the probabilities and the choice of each token. The protocol has no field for any of them.
-What crossed it: {tensors} of activations. They are not encryption. Whoever holds the trunk can guess many of the \
-tokens from them, fewer the more layers stay here: docs/explanation/privacy.md has figures, and what to do."""
+STAYED = (
+    "What stayed on this side of the wire: the text, its tokens, the embeddings, the first {bottom} and "
+    "the last {top} layers, the head, the probabilities and the choice of each token. The protocol has no "
+    "field for any of them.\n"
+    "What crossed it: {tensors} of activations. They are not encryption. Whoever holds the trunk can guess "
+    "many of the tokens from them, fewer the more layers stay here: docs/explanation/privacy.md has "
+    "figures, and what to do."
+)
 
 
 @dataclass(frozen=True, slots=True)

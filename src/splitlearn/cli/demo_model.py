@@ -75,7 +75,7 @@ def _convert(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     whole = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.float32)
-    # The weights are plain numbers by now; the library would refuse to save them while it calls them quantised.
+    # The weights are plain numbers by now; while they count as quantised, they cannot be saved.
     whole.hf_quantizer = None
     if hasattr(whole.config, "quantization_config"):
         del whole.config.quantization_config

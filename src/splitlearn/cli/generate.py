@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import closing
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from splitlearn.cli.options import AcceptLabelLeak, Model, OwnBottomLayers, OwnTopLayers, Trunk, setting
+from splitlearn.cli.options import (
+    AcceptLabelLeak,
+    MaxNewTokens,
+    Model,
+    OwnBottomLayers,
+    OwnDevice,
+    OwnDType,
+    OwnTopLayers,
+    Seed,
+    Temperature,
+    TopP,
+    Trunk,
+    WireDType,
+)
 from splitlearn.cli.sizes import show_bytes
-from splitlearn.config import ClientConfig, DTypeName
 
 if TYPE_CHECKING:
     from splitlearn.cli.generation import Generated
@@ -20,17 +33,10 @@ def generate(
     model: Model,
     trunk: Trunk,
     prompt: Annotated[str, typer.Option(help="The text to go on from; `-` reads it from stdin.")],
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Stop after so many tokens at the latest.")
-    ] = 100,
-    temperature: Annotated[
-        float, typer.Option(min=0, help="0 takes the likeliest token each time; above 0 samples.")
-    ] = 0.0,
-    top_p: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this total probability."),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed samples the same text.")] = None,
+    max_new_tokens: MaxNewTokens = 100,
+    temperature: Temperature = 0.0,
+    top_p: TopP = None,
+    seed: Seed = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
     ] = False,
@@ -43,19 +49,16 @@ def generate(
     bottom_layers: OwnBottomLayers = None,
     top_layers: OwnTopLayers = None,
     accept_label_leak: AcceptLabelLeak = False,
-    dtype: Annotated[DTypeName, typer.Option(help="Precision of the client's weights.")] = "auto",
-    wire_dtype: Annotated[DTypeName, setting(ClientConfig, "wire_dtype")] = "auto",
-    device: Annotated[
-        str, typer.Option(help="Where bottom and top run, for example `cpu` or `cuda`.")
-    ] = "cpu",
+    dtype: OwnDType = "auto",
+    wire_dtype: WireDType = "auto",
+    device: OwnDevice = "cpu",
 ) -> None:
     """Generate text: to stdout as it is made, timings and bytes to stderr."""
-    from transformers import set_seed
-
     from splitlearn.cli.generation import generate_text, sampling
     from splitlearn.cli.text import load_tokenizer, prompt_inputs
     from splitlearn.client.split_model import AutoSplitModelForCausalLM
 
+    how = sampling(temperature, top_p, seed)
     tokenizer = load_tokenizer(model)
     inputs = prompt_inputs(tokenizer, read_prompt(prompt), chat=chat)
     client = AutoSplitModelForCausalLM.from_pretrained(
@@ -68,18 +71,16 @@ def generate(
         device=device,
         wire_dtype=wire_dtype,
     )
-    if seed is not None:
-        set_seed(seed)
-    made = generate_text(
-        client,
-        tokenizer,
-        inputs,
-        show=None if as_json else sys.stdout,
-        max_new_tokens=max_new_tokens,
-        use_cache=not no_cache,
-        **sampling(temperature, top_p),
-    )
-    client.close()
+    with closing(client):
+        made = generate_text(
+            client,
+            tokenizer,
+            inputs,
+            show=None if as_json else sys.stdout,
+            max_new_tokens=max_new_tokens,
+            use_cache=not no_cache,
+            **how,
+        )
     if as_json:
         print(json.dumps(figures(made)))
     else:
@@ -114,16 +115,14 @@ def _print_table(made: Generated) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    told = figures(made)
-    table = Table("", "prompt", "new", "first token", "after it", "sent", "received", "a new token", box=None)
+    crossed, tokens = made.crossed, len(made.token_ids)
+    table = Table("tokens", "first token", "after it", "sent", "received", "a new token", box=None)
     table.add_row(
-        "",
-        f"{made.prompt_tokens} tokens",
-        f"{told['tokens']} tokens",
+        f"{made.prompt_tokens} + {tokens}",
         f"{made.pace.time_to_first_token_s:.2f} s",
-        f"{made.pace.tokens_per_s:.1f} tokens/s",
-        show_bytes(made.crossed.sent_bytes),
-        show_bytes(made.crossed.received_bytes),
-        show_bytes(told["sent_bytes_per_token"] + told["received_bytes_per_token"]),
+        f"{made.pace.tokens_per_s:.1f} a second",
+        show_bytes(crossed.sent_bytes),
+        show_bytes(crossed.received_bytes),
+        show_bytes((crossed.sent_bytes + crossed.received_bytes) / tokens),
     )
-    Console(stderr=True).print(table)
+    Console(stderr=True, highlight=False).print(table)

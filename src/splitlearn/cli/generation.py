@@ -6,9 +6,10 @@ import time
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-from transformers import TextStreamer
+from transformers import TextStreamer, set_seed
 
 from splitlearn.client.transport import Traffic
+from splitlearn.errors import SettingError
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +103,17 @@ def pace_of(started: float, came_at: list[float]) -> Pace:
     return Pace(first_s, (len(came_at) - 1) / (came_at[-1] - came_at[0]))
 
 
-def sampling(temperature: float, top_p: float | None) -> dict[str, Any]:
-    """The library's arguments: the likeliest token each time, unless there is a temperature."""
+def sampling(temperature: float, top_p: float | None, seed: int | None) -> dict[str, Any]:
+    """The library's arguments: the likeliest token each time, unless there is a temperature.
+
+    Raises:
+        SettingError: `top_p` without a temperature would do nothing.
+    """
+    if seed is not None:
+        set_seed(seed)
     if temperature == 0:
+        if top_p is not None:
+            raise SettingError("--top-p has no effect while --temperature is 0: raise the temperature")
         return {"do_sample": False}
     chosen = {"do_sample": True, "temperature": temperature}
     return chosen if top_p is None else chosen | {"top_p": top_p}

@@ -39,7 +39,7 @@ class TrunkProcess:
         return self._process.pid
 
     def __enter__(self) -> Self:
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._log = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
             self._command,
             stdin=subprocess.DEVNULL,

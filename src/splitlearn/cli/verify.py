@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Annotated
 
 import typer
 
 from splitlearn.cli.ending import FAILED
-from splitlearn.cli.options import AcceptLabelLeak, Model, OwnBottomLayers, OwnTopLayers, Trunk, setting
-from splitlearn.config import ClientConfig, DTypeName
+from splitlearn.cli.options import (
+    AcceptLabelLeak,
+    Model,
+    OwnBottomLayers,
+    OwnDType,
+    OwnTopLayers,
+    Trunk,
+    WireDType,
+)
+from splitlearn.config import ClientConfig
 
 PROMPT = "A model is cut in three: the ends stay with the owner of the text, and the middle runs elsewhere."
 
@@ -20,10 +29,8 @@ def verify(
     bottom_layers: OwnBottomLayers = None,
     top_layers: OwnTopLayers = None,
     accept_label_leak: AcceptLabelLeak = False,
-    dtype: Annotated[
-        DTypeName, typer.Option(help="Precision of the weights here, whole and split.")
-    ] = "auto",
-    wire_dtype: Annotated[DTypeName, setting(ClientConfig, "wire_dtype")] = "auto",
+    dtype: OwnDType = "auto",
+    wire_dtype: WireDType = "auto",
 ) -> None:
     """Show that split and whole give the same, on your own model.
 
@@ -46,14 +53,11 @@ def verify(
         dtype=dtype,
         wire_dtype=wire_dtype,
     )
-    whole = load_whole(model, dtype)
-    facts = describe(trunk, ClientConfig().connect_s)
-    precisions = {facts.precision.weights, str(whole.dtype).removeprefix("torch.")}
-    if wire_dtype != "auto":
-        precisions.add(wire_dtype)
-    all_right = print_checks(
-        parity_checks(Pair(split, whole, tolerance_of(precisions, facts.device)), inputs)
-    )
-    split.close()
+    with closing(split):
+        whole = load_whole(model, dtype)
+        facts = describe(trunk, ClientConfig().connect_s)
+        weights = (facts.precision.weights, str(split.dtype).removeprefix("torch."))
+        tolerance = tolerance_of({*weights, wire_dtype}, facts.device)
+        all_right = print_checks(parity_checks(Pair(split, whole, tolerance), inputs))
     if not all_right:
         raise typer.Exit(FAILED)

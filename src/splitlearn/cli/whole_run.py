@@ -46,7 +46,7 @@ def _run(model: str, prompt_ids: list[int], max_new_tokens: int) -> WholeRun:
     import torch
 
     from splitlearn.cli.generation import generate_text
-    from splitlearn.cli.machine import peak_memory_bytes
+    from splitlearn.cli.memory import peak_memory_bytes
     from splitlearn.cli.text import load_tokenizer
     from splitlearn.cli.whole_model import load_whole
 

@@ -121,6 +121,12 @@ def test_so_they_are_with_eager_attention(family: str):
     _check_ragged(trunk)
 
 
+@torch.inference_mode()
+def test_a_family_that_is_kept_from_batches_would_be_wrong_in_one():
+    with pytest.raises(AssertionError):
+        _check_ragged(_trunk("phi3(longrope)"))
+
+
 @pytest.mark.gpu
 @torch.inference_mode()
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "gpt_oss", "deepseek_v3"])
