@@ -134,7 +134,7 @@ def table_of(split: SplitRun, whole: WholeRun) -> Table:
     made, crossed = split.made, split.made.crossed
     tokens = len(made.token_ids)
     saved = 1 - crossed.tensor_bytes / split.bytes_without_cache
-    how = "computed: 2 d b sum(P+i)" if split.measured_without_cache is None else "measured"
+    how = "2 d b sum(P+i)" if split.measured_without_cache is None else "measured"
     table = Table("", f"split {BOTTOM_LAYERS}/{split.trunk_layers}/{TOP_LAYERS}", "whole model")
     table.add_row(
         "time to first token",

@@ -69,6 +69,8 @@ class TrunkProcess:
             self._process.kill()
             return self._process.wait()
         finally:
+            assert self._process.stdout is not None
+            self._process.stdout.close()
             self._log.close()
 
     def _wait_until_ready(self) -> str:
