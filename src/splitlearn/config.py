@@ -123,6 +123,8 @@ class ClientConfig(Settings):
     """Deadline of a step with more than `decode_tokens` tokens."""
     decode_s: PositiveFloat = 60.0
     """Deadline of a step with few tokens."""
+    checksum: bool = True
+    """Check every tensor with xxh3; left out only if the server does without, too."""
     decode_tokens: PositiveInt = 64
     """Steps of up to this many tokens (rows times tokens) count as decode steps."""
     limits: WireLimits = WireLimits()

@@ -16,13 +16,19 @@ from splitlearn.vocabulary import Precision
 from splitlearn.wire.frames import FrameFormat
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.generated import splitlearn_pb2_grpc as rpc
-from splitlearn.wire.handshake import CLIENT_ID_BYTES, ModelIdentity, agreement, facts_from_proto, hello
+from splitlearn.wire.handshake import (
+    CLIENT_ID_BYTES,
+    Agreement,
+    ModelIdentity,
+    agreement,
+    facts_from_proto,
+    hello,
+)
 from splitlearn.wire.messages import AnswerMessage, CloseMessage, ForkMessage, StepMessage, TrunkFacts
 from splitlearn.wire.status import error_from_proto
 from splitlearn.wire.steps import answer_from_proto, fork_to_proto, step_to_proto
 
 BULK_BYTES = 256 << 10
-ENVELOPE_BYTES = 1 << 16
 ASK_AGAIN = 2
 
 
@@ -65,8 +71,7 @@ class GrpcTransport:
         self._channels: list[grpc.Channel] = []
         self._sessions: set[int] = set()
         self._bulk: StepStream | None = None
-        self._small, welcome = self._connect()
-        self.agreement = agreement(welcome)
+        self._small, self.agreement = self._connect()
         self._format = FrameFormat(format.codec, self.agreement.checksum)
 
     def step(self, message: StepMessage) -> AnswerMessage:
@@ -120,14 +125,14 @@ class GrpcTransport:
                 self._bulk, _ = self._connect()
             return self._bulk
 
-    def _connect(self) -> tuple[StepStream, pb.Welcome]:
+    def _connect(self) -> tuple[StepStream, Agreement]:
         config = self._config
         channel = _channel(self.address, config)
         self._channels.append(channel)
         stream = StepStream(channel, self.address, config.limits, self.traffic)
-        greeting = hello(self._identity, self._client, Precision(), checksum=True)
+        greeting = hello(self._identity, self._client, Precision(), checksum=config.checksum)
         try:
-            return stream, stream.greet(greeting, config.connect_s)
+            agreed = agreement(stream.greet(greeting, config.connect_s))
         except StepTimeout:
             stream.cancel()
             raise TrunkUnreachable(
@@ -137,15 +142,17 @@ class GrpcTransport:
         except BaseException:
             channel.close()
             raise
+        stream.keep_to(agreed)
+        return stream, agreed
 
 
 def _channel(address: str, config: ClientConfig) -> grpc.Channel:
-    piece = config.limits.chunk_bytes + ENVELOPE_BYTES
     return grpc.insecure_channel(
         address,
         options=[
-            ("grpc.max_receive_message_length", piece),
-            ("grpc.max_send_message_length", piece),
+            # The server cuts its messages into pieces of its own choice.
+            ("grpc.max_receive_message_length", config.limits.max_message_bytes),
+            ("grpc.max_send_message_length", -1),
             # One TCP connection a channel: bulk transfers do not hold up decode steps.
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.keepalive_time_ms", 30_000),

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from splitlearn.client.call_context import Call, CallContext
 from splitlearn.client.remote_cache import session_of
 from splitlearn.client.transport import Transport
 from splitlearn.config import ClientConfig
-from splitlearn.errors import NotServed
+from splitlearn.errors import NotServed, UnsupportedCall
 from splitlearn.vocabulary import StepKey, Timings
 from splitlearn.wire.messages import AnswerMessage, StepMessage
 
@@ -51,6 +52,7 @@ class RemoteTrunk(nn.Module):
             answer = self._lone_step(sent_BTD, call)
         else:
             session = session_of(call.cache, self._trunk, self.transport)
+            _require_in_step(call.cache, self._trunk, session.length + sent_BTD.shape[1])
             positions_BT = _positions_to_send(call, sent_BTD, session.length)
             answer = session.step(sent_BTD, call.mask_BL, positions_BT, self._deadline_s(sent_BTD))
         assert answer.activation_BTD is not None
@@ -86,6 +88,19 @@ class _Remote(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         raise NotServed("the trunk gives no gradients yet: this version generates and does not train")
+
+
+def _require_in_step(cache: Cache, trunk: range, length: int) -> None:
+    """A call that failed at the trunk leaves the bottom's cache with tokens that the trunk's lacks.
+
+    To go on would give a plausible, wrong answer.
+    """
+    below = cache.layers[trunk.start - 1].get_seq_length()
+    if below != length:
+        raise UnsupportedCall(
+            f"past_key_values is torn: the bottom holds {below} tokens, the trunk would hold {length}, "
+            "because an earlier call failed halfway. Generate again from the prompt"
+        )
 
 
 def _positions_to_send(call: Call, activation_BTD: Tensor, start: int) -> Tensor | None:

@@ -42,7 +42,10 @@ class ClientSession:
     def step(
         self, activation_BTD: Tensor, mask_BL: Tensor | None, positions_BT: Tensor | None, deadline_s: float
     ) -> AnswerMessage:
-        """Send the new tokens of every row; the session is as it was if this raises.
+        """Send the new tokens of every row.
+
+        If this raises, the session is as it was; the bottom's cache has the tokens already, so that only
+        the same step may be asked again, and never another one in its place.
 
         Args:
             activation_BTD: the new tokens' activations.

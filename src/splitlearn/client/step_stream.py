@@ -19,6 +19,7 @@ from splitlearn.vocabulary import StepKey
 from splitlearn.wire.chunks import ChunkAssembly, chunks_of
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.generated import splitlearn_pb2_grpc as rpc
+from splitlearn.wire.handshake import Agreement
 from splitlearn.wire.status import error_from_proto
 from splitlearn.wire.steps import key_from_proto
 
@@ -31,7 +32,8 @@ class StepStream:
 
     def __init__(self, channel: grpc.Channel, address: str, limits: WireLimits, traffic: Traffic) -> None:
         self._address = address
-        self._limits = limits
+        self._chunk_bytes = limits.chunk_bytes
+        self._max_bytes = limits.max_message_bytes
         self._traffic = traffic
         self._outgoing: SimpleQueue[pb.ClientMessage | None] = SimpleQueue()
         self._lock = threading.Lock()
@@ -46,6 +48,11 @@ class StepStream:
         """The server's welcome; raises what it refuses with, or TrunkUnreachable."""
         welcome: pb.Welcome = self._ask(WELCOME, pb.ClientMessage(hello=hello), timeout_s)
         return welcome
+
+    def keep_to(self, agreed: Agreement) -> None:
+        """Send no larger messages, and no larger pieces of them, than the server said it takes."""
+        self._chunk_bytes = min(self._chunk_bytes, agreed.chunk_bytes)
+        self._max_bytes = min(self._max_bytes, agreed.max_message_bytes)
 
     def step(self, key: StepKey, step: pb.Step, timeout_s: float) -> pb.Answer:
         answer: pb.Answer = self._ask(key, pb.ClientMessage(step=step), timeout_s)
@@ -65,18 +72,21 @@ class StepStream:
         # A finalizer may run on any thread, this stream's own reader among them.
         if threading.current_thread() is not self._reader:
             self._reader.join(CLOSE_S)
-        self._break(TrunkUnreachable(f"the connection to {self._address} was closed here: load the model again"))
+        self._break(
+            TrunkUnreachable(f"the connection to {self._address} was closed here: load the model again")
+        )
 
     def cancel(self) -> None:
         self._call.cancel()
 
     def _ask(self, name: StepKey | int | str, message: pb.ClientMessage, timeout_s: float) -> Any:
         future: Future[Any] = Future()
+        pieces = list(self._pieces(message))
         with self._lock:
             if self._broken is not None:
                 raise self._broken
             self._waiting[name] = future
-            for piece in self._pieces(message):
+            for piece in pieces:
                 self._outgoing.put(piece)
         try:
             return future.result(timeout_s)
@@ -91,15 +101,20 @@ class StepStream:
 
     def _pieces(self, message: pb.ClientMessage) -> Iterator[pb.ClientMessage]:
         size = message.ByteSize()
+        if size > self._max_bytes:
+            raise MessageError(
+                f"a message of {size:,} bytes, {self._address} takes {self._max_bytes:,}: "
+                "use fewer rows, a shorter text, or wire_dtype='bfloat16'"
+            )
         self._traffic.count(_tensor_bytes(message), size)
-        if size <= self._limits.chunk_bytes:
+        if size <= self._chunk_bytes:
             yield message
             return
-        for piece in chunks_of(next(self._numbers), message.SerializeToString(), self._limits.chunk_bytes):
+        for piece in chunks_of(next(self._numbers), message.SerializeToString(), self._chunk_bytes):
             yield pb.ClientMessage(chunk=piece)
 
     def _read(self) -> None:
-        assembly = ChunkAssembly(self._limits.max_message_bytes)
+        assembly = ChunkAssembly(self._max_bytes)
         try:
             for message in self._call:
                 self._take(message, assembly)

@@ -52,8 +52,7 @@ class KvCache:
                 f"({self.token_bytes * slot_tokens:,} bytes): raise --kv-budget or lower --session-tokens"
             )
         self.keys_SHLE = [
-            _zeros((self.slots, shape.heads, slot_tokens, shape.key_size), dtype, device)
-            for shape in shapes
+            _zeros((self.slots, shape.heads, slot_tokens, shape.key_size), dtype, device) for shape in shapes
         ]
         self.values_SHLE = [
             _zeros((self.slots, shape.heads, slot_tokens, shape.value_size), dtype, device)

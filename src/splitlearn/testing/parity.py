@@ -208,7 +208,9 @@ def read_in_pieces(model: PreTrainedModel, ids_BT: Tensor, steps: Sequence[int])
     """The logits (B, T, V) of a given text that comes in steps of so many tokens."""
     cache = DynamicCache(config=model.config)
     pieces = ids_BT.split(list(steps), dim=1)
-    return torch.cat([_logits(model, piece, past_key_values=cache, use_cache=True) for piece in pieces], dim=1)
+    return torch.cat(
+        [_logits(model, piece, past_key_values=cache, use_cache=True) for piece in pieces], dim=1
+    )
 
 
 def write(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, **how: Any) -> Text:

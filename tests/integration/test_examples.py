@@ -1,0 +1,29 @@
+"""Every example runs as it is, on a tiny model."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def run(name: str, *words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, EXAMPLES / name, *map(str, words)], capture_output=True, text=True, timeout=90
+    )
+
+
+def test_every_example_is_run_here():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {"generate_with_cache.py"}
+
+
+def test_generate_with_cache_starts_its_own_server(model_folder):
+    done = run("generate_with_cache.py", "--model", model_folder, "--new-tokens", 8)
+    assert done.returncode == 0, done.stderr
+    assert "without cache" in done.stdout
+    assert "The cache saves" in done.stdout
+
+
+def test_generate_with_cache_takes_a_server_that_runs(model_folder, trunk):
+    done = run("generate_with_cache.py", "--model", model_folder, "--trunk", trunk.address, "--new-tokens", 8)
+    assert done.returncode == 0, done.stderr
