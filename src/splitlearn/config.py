@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
@@ -105,8 +104,6 @@ class ServerConfig(Settings):
     """Check every tensor with xxh3; unnecessary under TLS, which checks by itself."""
     max_streams: PositiveInt = 256
     """Streams that may be open at once."""
-    state_dir: Path | None = None
-    """Folder for what must survive a restart; nothing is written without it."""
     batching: BatchingConfig = BatchingConfig()
     sessions: SessionConfig = SessionConfig()
     limits: WireLimits = WireLimits()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import signal
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -57,7 +56,6 @@ def serve(
     drain: Annotated[float, setting(ServerConfig, "drain_s", "--drain", metavar="SECONDS")] = default_of(
         ServerConfig, "drain_s"
     ),
-    state_dir: Annotated[Path | None, setting(ServerConfig, "state_dir")] = None,
     log_json: Annotated[
         bool, typer.Option("--log-json", help="Write the log as one JSON object a line.")
     ] = False,
@@ -84,7 +82,6 @@ def serve(
         attention=attention,
         threads=threads,
         drain_s=drain,
-        state_dir=state_dir,
         sessions={"kv_budget_bytes": kv_budget, "session_tokens": session_tokens, "lease_s": lease},
     )
     serve_until_asked_to_stop(server)

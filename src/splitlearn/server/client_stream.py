@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 
 import structlog
@@ -40,6 +40,7 @@ class Hall:
     config: ServerConfig
     admission: Admission
     egress: Egress
+    streams: set[ClientStream] = field(default_factory=set)
 
 
 class ClientStream:
@@ -65,11 +66,18 @@ class ClientStream:
         """
         yield pb.ServerMessage(welcome=await self._greet(requests))
         reader = asyncio.create_task(self._read(requests))
+        self._hall.streams.add(self)
         try:
             while (message := await self._outbox.get()) is not None:
                 yield message
         finally:
+            self._hall.streams.discard(self)
             reader.cancel()
+
+    def end(self, error: SplitLearnError) -> None:
+        """Say why, and nothing more."""
+        self._outbox.put_nowait(pb.ServerMessage(error=error_to_proto(error)))
+        self._outbox.put_nowait(None)
 
     async def _greet(self, requests: AsyncIterator[pb.ClientMessage]) -> pb.Welcome:
         try:
@@ -96,8 +104,8 @@ class ClientStream:
             async for message in requests:
                 self._take(message)
         except SplitLearnError as error:
-            # What follows on this stream can no longer be told apart: it ends here.
-            self._outbox.put_nowait(pb.ServerMessage(error=error_to_proto(error)))
+            # What follows on this stream can no longer be told apart.
+            self.end(error)
         finally:
             self._all_read = True
             self._close_if_done()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from splitlearn.config import ServerConfig
 from splitlearn.engine.engine import Engine
-from splitlearn.errors import SettingError
+from splitlearn.errors import SettingError, TrunkDraining
 from splitlearn.model.checkpoint import Checkpoint
 from splitlearn.model.plan import SplitPlan
 from splitlearn.model.segments import TrunkSegment
@@ -54,7 +55,7 @@ class TrunkServer:
         self.config = ServerConfig(model=str(model), **settings)
         self._engine: Engine | None = None
         self._port: Future[int] = Future()
-        self._stop_asked = threading.Event()
+        self._ask_to_stop: Callable[[], object] = lambda: None
         self._thread = threading.Thread(target=self._serve, name="trunk server", daemon=True)
 
     @property
@@ -80,7 +81,7 @@ class TrunkServer:
 
     def stop(self) -> None:
         """Refuse new sessions, let the open ones finish for up to `drain_s`, then end."""
-        self._stop_asked.set()
+        self._ask_to_stop()
         self.wait()
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -109,19 +110,23 @@ class TrunkServer:
             self.engine.stop()
 
     async def _run(self) -> None:
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+        self._ask_to_stop = lambda: loop.is_closed() or loop.call_soon_threadsafe(stop.set)
         admission, egress = Admission(self.config.max_streams), Egress()
         egress.start()
-        server, healthy = self._grpc_server(Hall(self.engine, self._identity, self.config, admission, egress))
+        hall = Hall(self.engine, self._identity, self.config, admission, egress)
+        server, healthy = self._grpc_server(hall)
         await server.start()
         await healthy.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
         await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
         self._port.set_result(self._bound_port)
-        while not self._stop_asked.is_set():
-            await asyncio.sleep(POLL_S)
+        await stop.wait()
         admission.drain()
         self.engine.drain()
         await healthy.enter_graceful_shutdown()
         await self._until_quiet()
+        for stream in tuple(hall.streams):
+            stream.end(TrunkDraining(f"the server on {self.address} has stopped: start it again"))
         await server.stop(grace=GRACE_S)
         egress.stop()
 
