@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from splitlearn.client.session import ClientSession
 from splitlearn.engine import runner
 from splitlearn.engine.session import Session
+from splitlearn.errors import UnsupportedCall
 from splitlearn.testing import parity
 from splitlearn.testing.pair import Pair, lively_model, served_pair
 from splitlearn.testing.parity import Distance
@@ -24,7 +26,7 @@ def test_one_changed_weight_of_the_trunk_shows(pair: Pair, check: Callable[[Pair
     kept = weight.detach().clone()
     try:
         with torch.no_grad():
-            weight.mul_(1.1)
+            weight.copy_(kept.flip(-1))
         found = check(pair)
     finally:
         with torch.no_grad():
@@ -40,8 +42,19 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_a_cache_that_is_not_cropped_shows(llama: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ClientSession, "crop", lambda *_: None)
+    prepare = Session.prepare
+    monkeypatch.setattr(
+        Session, "prepare", lambda self, step, kv: prepare(self, replace(step, keep_positions=None), kv)
+    )
     assert differs(parity.prompt_lookup(llama))
+
+
+def test_a_session_that_is_not_cropped_with_its_cache_is_refused(
+    llama: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ClientSession, "crop", lambda *_: None)
+    with pytest.raises(UnsupportedCall, match="torn"):
+        parity.prompt_lookup(llama)
 
 
 def test_rows_that_are_not_moved_show(llama: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ class Pair:
 
 def tolerance_of(precisions: set[str], trunk_device: str) -> float:
     """Relative to the largest logit: what the coarsest precision on the way, or another device, explains."""
-    if precisions - {"float32"}:
+    if precisions - {"float32", "auto"}:
         return COARSE
     return EXACT_ON_CPU if trunk_device == "cpu" else OTHER_DEVICE
 

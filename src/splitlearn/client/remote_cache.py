@@ -69,7 +69,9 @@ class RemoteCacheLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        raise AssertionError("the trunk's keys and values never come here")
+        raise UnsupportedCall(
+            "past_key_values belongs to a split model: a whole model, or an assistant, needs a cache of its own"
+        )
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         raise AssertionError("the trunk's keys and values never come here")

@@ -67,11 +67,16 @@ def lively_model(family: str, folder: str | Path, seed: int = 0, **overrides: An
 
 @contextmanager
 def meeting(engine: Engine, sessions: int) -> Iterator[None]:
-    """Within it a batch runs only once steps of this many sessions are ready, so that they surely meet."""
+    """Within it so many sessions wait for each other at every step, so that their steps surely meet."""
+    met = False
 
     def wait_for_company() -> None:
+        nonlocal met
         until = time.monotonic() + MEET_S
-        while len(engine._ready) < sessions and time.monotonic() < until:
+        while time.monotonic() < until:
+            met = met or engine.open_sessions >= sessions
+            if len(engine._ready) >= (engine.open_sessions if met else sessions):
+                break
             engine._queue.wait(until - time.monotonic())
             engine._accept()
 

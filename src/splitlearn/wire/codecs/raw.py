@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from splitlearn.errors import FrameError
+
 
 class RawCodec:
     """Loses nothing: what is decoded equals what was encoded bit for bit."""
@@ -18,5 +20,8 @@ class RawCodec:
     def decode(self, data: bytes, kind: torch.dtype) -> Tensor:
         if not data:
             return torch.empty(0, dtype=kind)
+        # Torch computes on a bool's byte as it is: any other would be a truth of its own kind.
+        if kind == torch.bool and data.translate(None, b"\0\1"):
+            raise FrameError("a frame of true and false has bytes that are neither 1 nor 0")
         # A copy: torch would share the immutable bytes, and a write into them is undefined.
         return torch.frombuffer(bytearray(data), dtype=kind)
