@@ -28,9 +28,9 @@ STAYED = (
     "What stayed on this side of the wire: the text, its tokens, the embeddings, the first {bottom} and "
     "the last {top} layers, the head, the probabilities and the choice of each token. The protocol has no "
     "field for any of them.\n"
-    "What crossed it: {tensors} of activations. They are not encryption. Whoever holds the trunk can guess "
-    "many of the tokens from them, fewer the more layers stay here: docs/explanation/privacy.md has "
-    "figures, and what to do."
+    "What crossed it: {tensors} of activations. They are not encryption: whoever runs the trunk holds "
+    "no text, but can find it by trying token after token if the weights of the first layers are public, "
+    "as here. docs/explanation/privacy.md has figures, and what to do."
 )
 
 

@@ -18,6 +18,7 @@ QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
     "GRPC_VERBOSITY": "NONE",
+    "HF_HUB_VERBOSITY": "error",
 }
 """So that what goes wrong is one line of ours; a variable that is set already stays as it is."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import secrets
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -59,19 +61,21 @@ class ClientSession:
         rows, tokens = activation_BTD.shape[:2]
         held_BL = self._held_mask(rows)
         new_BT = self._new_columns(mask_BL, held_BL, tokens)
-        answer = self._transport.step(
-            StepMessage(
-                key=StepKey(session=self._number or self._new_number(), step=self._step + 1),
-                activation_BTD=activation_BTD,
-                open=None if self.is_open else OpenSession(),
-                mask_columns_BT=new_BT,
-                positions_BT=positions_BT,
-                keep_positions=self._crop_to,
-                select_rows=None if self._select is None else tuple(self._select.tolist()),
-                acked_through=self._acked,
-                deadline_s=deadline_s,
+        number = self._number or self._new_number()
+        with self._closing_if_lost(number):
+            answer = self._transport.step(
+                StepMessage(
+                    key=StepKey(session=number, step=self._step + 1),
+                    activation_BTD=activation_BTD,
+                    open=None if self.is_open else OpenSession(),
+                    mask_columns_BT=new_BT,
+                    positions_BT=positions_BT,
+                    keep_positions=self._crop_to,
+                    select_rows=None if self._select is None else tuple(self._select.tolist()),
+                    acked_through=self._acked,
+                    deadline_s=deadline_s,
+                )
             )
-        )
         self._done(answer, rows, tokens, held_BL, new_BT)
         return answer
 
@@ -105,11 +109,22 @@ class ClientSession:
         if not self.is_open:
             return child
         number = child._new_number()
-        self._transport.fork(ForkMessage(session=self._number, into=number, at_step=self._step))
+        with child._closing_if_lost(number):
+            self._transport.fork(ForkMessage(session=self._number, into=number, at_step=self._step))
         child._become(number)
         child._rows, child.length = self._rows, self.length
         child._crop_to, child._select, child._mask_BL = self._crop_to, self._select, self._mask_BL
         return child
+
+    @contextmanager
+    def _closing_if_lost(self, number: int) -> Iterator[None]:
+        """Close a session whose opening raised: the server may have opened it all the same, too late for us."""
+        try:
+            yield
+        except BaseException:
+            if not self.is_open:
+                self._transport.close_session(CloseMessage(number))
+            raise
 
     def _new_number(self) -> int:
         return secrets.randbits(SESSION_BITS) | 1

@@ -37,12 +37,12 @@ class Pair:
 
 
 @contextmanager
-def served_pair(folder: str | Path, **settings: Any) -> Iterator[Pair]:
+def served_pair(folder: str | Path, dtype: str = "float32", **settings: Any) -> Iterator[Pair]:
     """The model in this folder, whole and split 2/n/2; `settings` are the server's."""
-    how: dict[str, Any] = {"port": 0, "dtype": "float32", "sessions": {"session_tokens": SESSION_TOKENS}}
+    how: dict[str, Any] = {"port": 0, "dtype": dtype, "sessions": {"session_tokens": SESSION_TOKENS}}
     with TrunkServer(folder, **(how | settings)) as server:
-        whole = tiny_whole(folder)
-        split = AutoSplitModelForCausalLM.from_pretrained(folder, trunk=server.address, dtype="float32")
+        whole = tiny_whole(folder, dtype=dtype)
+        split = AutoSplitModelForCausalLM.from_pretrained(folder, trunk=server.address, dtype=dtype)
         for model in (whole, split):
             model.generation_config.eos_token_id = None
         try:
