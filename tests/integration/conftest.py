@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from splitlearn.cli.trunk_process import TrunkProcess
 from splitlearn.testing.pair import lively_model
 
-DEADLINE_S = 90.0
+DEADLINE_S = 180.0
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 CHARACTERS = sorted(string.ascii_letters + string.digits + string.punctuation + " \n")
 VOCABULARY = [*SPECIAL, *CHARACTERS]

@@ -14,6 +14,8 @@ import torch
 from splitlearn import AutoSplitModelForCausalLM
 from splitlearn.cli.trunk_process import TrunkProcess
 
+pytestmark = pytest.mark.timeout(300)  # several processes, each of which loads torch
+
 DEADLINE_S = 60
 IDS = torch.tensor([[5, 6, 7, 8]])
 
@@ -122,12 +124,6 @@ def test_other_machines_are_not_let_in_without_tls(splitlearn, model_folder):
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert "no TLS" in line
-
-
-def test_a_session_that_fits_into_no_budget_is_one_line(splitlearn, model_folder):
-    done = splitlearn("serve", model_folder, "--port", 0, "--kv-budget", "1KiB")
-    assert done.returncode == 1
-    assert "--kv-budget" in done.stderr.splitlines()[-1]
 
 
 def test_a_trunk_process_that_cannot_start_says_why(tmp_path):

@@ -4,12 +4,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.timeout(300)  # several processes, each of which loads torch
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def run(name: str, *words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, EXAMPLES / name, *map(str, words)], capture_output=True, text=True, timeout=90
+        [sys.executable, EXAMPLES / name, *map(str, words)], capture_output=True, text=True, timeout=180
     )
 
 

@@ -139,7 +139,7 @@ def test_a_large_kv_budget_takes_no_memory_before_sessions_do(folder: Path) -> N
     """Otherwise the default budget of gigabytes would be written to, and taken, at every start."""
     budget = 2 << 30
     before = psutil.Process().memory_info().rss
-    with TrunkServer(folder, port=0, sessions={"kv_budget_bytes": budget}) as server:
+    with TrunkServer(folder, port=0, device="cpu", sessions={"kv_budget_bytes": budget}) as server:
         taken = psutil.Process().memory_info().rss - before
         assert server.engine.kv.total_bytes > budget // 2
     assert taken < budget // 8
@@ -165,9 +165,7 @@ def test_a_step_that_the_transport_asks_twice_is_run_once(pair: Pair) -> None:
 
 
 def test_a_bfloat16_wire_halves_the_bytes_and_moves_the_logits_little(folder: Path, pair: Pair) -> None:
-    half = AutoSplitModelForCausalLM.from_pretrained(
-        folder, trunk=pair.server.address, wire_dtype="bfloat16"
-    )
+    half = AutoSplitModelForCausalLM.from_pretrained(folder, trunk=pair.server.address, wire_dtype="bfloat16")
     sent = []
     for model in (pair.split, half):
         traffic = model.trunk.transport.traffic
@@ -192,7 +190,7 @@ def test_a_model_in_bfloat16_gives_the_whole_models_logits_and_text(folder: Path
 
 
 def test_a_float32_client_of_a_bfloat16_trunk_is_close_to_the_whole_model(folder: Path) -> None:
-    with TrunkServer(folder, port=0, dtype="bfloat16") as server:
+    with TrunkServer(folder, port=0, device="cpu", dtype="bfloat16") as server:
         split = AutoSplitModelForCausalLM.from_pretrained(folder, trunk=server.address, dtype="float32")
         logits = [read_in_pieces(model, IDS[:1], STEPS) for model in (tiny_whole(folder), split)]
         split.close()

@@ -309,9 +309,7 @@ STREAMS: dict[str, list[pb.ClientMessage]] = {
     "a second greeting": [pb.ClientMessage(hello=pb.Hello(protocol=1))],
     "an empty message": [pb.ClientMessage()],
     "a piece of an empty message": [pb.ClientMessage(chunk=pb.Chunk(number=1, data=b"x", last=True))],
-    "a piece of a huge message": [
-        pb.ClientMessage(chunk=pb.Chunk(number=1, data=b"x", total_bytes=1 << 60))
-    ],
+    "a piece of a huge message": [pb.ClientMessage(chunk=pb.Chunk(number=1, data=b"x", total_bytes=1 << 60))],
     "an empty piece": [pb.ClientMessage(chunk=pb.Chunk(number=1, total_bytes=10))],
     "more pieces than were announced": [
         pb.ClientMessage(chunk=pb.Chunk(number=1, data=b"xx", total_bytes=1))

@@ -70,7 +70,7 @@ class RemoteCacheLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         raise UnsupportedCall(
-            "past_key_values belongs to a split model: a whole model, or an assistant, needs a cache of its own"
+            "past_key_values belongs to a split model: a whole model needs a cache of its own"
         )
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

@@ -118,7 +118,7 @@ class ClientSession:
 
     @contextmanager
     def _closing_if_lost(self, number: int) -> Iterator[None]:
-        """Close a session whose opening raised: the server may have opened it all the same, too late for us."""
+        """Close a session whose opening raised: the server may have opened it all the same, later."""
         try:
             yield
         except BaseException:

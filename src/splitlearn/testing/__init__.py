@@ -1,5 +1,16 @@
-"""What tests stand on, ours and our users': tiny models of every family."""
+"""What tests stand on, ours and our users': tiny models, a split model beside its whole one, no network."""
 
+from splitlearn.testing.loopback import LoopbackTransport, split_over_loopback
+from splitlearn.testing.pair import Pair, lively_model, served_pair
 from splitlearn.testing.tiny import tiny_config, tiny_model, tiny_whole
 
-__all__ = ["tiny_config", "tiny_model", "tiny_whole"]
+__all__ = [
+    "LoopbackTransport",
+    "Pair",
+    "lively_model",
+    "served_pair",
+    "split_over_loopback",
+    "tiny_config",
+    "tiny_model",
+    "tiny_whole",
+]

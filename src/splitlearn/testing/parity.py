@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from splitlearn.testing.pair import Pair, meeting
 from splitlearn.testing.tiny import VOCABULARY
 
 # B rows   T tokens   V vocabulary
+
+Given = TypeVar("Given")
 
 NEW_TOKENS = 20
 BEAMS = 3
@@ -145,26 +148,25 @@ def _texts(pair: Pair, ids_BT: Tensor, mask_BT: Tensor, **how: Any) -> Distance:
 
 def batched_logits(pair: Pair) -> Distance:
     """Two sessions of different length take every decode step in one batch."""
-    texts = [_ids(1, length + DECODE_STEPS, seed=length) for length in LENGTHS]
-    steps = [(length, *[1] * DECODE_STEPS) for length in LENGTHS]
-    whole = [read_in_pieces(pair.whole, *text) for text in zip(texts, steps, strict=True)]
-    split, ragged = _together(
-        pair, [lambda t=t, s=s: read_in_pieces(pair.split, t, s) for t, s in zip(texts, steps, strict=True)]
-    )
-    worst = Distance(True, 0.0, ragged=ragged)
-    for one, other in zip(whole, split, strict=True):
-        worst |= distance(one, other)
-    return worst
+    jobs = [
+        partial(
+            read_in_pieces,
+            ids_BT=_ids(1, length + DECODE_STEPS, seed=length),
+            steps=(length, *[1] * DECODE_STEPS),
+        )
+        for length in LENGTHS
+    ]
+    return _together(pair, jobs, distance)
 
 
 def batched_greedy(pair: Pair) -> Distance:
     """A padded batch of two rows beside a longer row."""
-    return _written_together(pair, {}, {})
+    return _together(pair, [_short_text(), _long_text()], _distance_of_texts)
 
 
 def batched_beams(pair: Pair) -> Distance:
     """Beams, whose rows move at every step, beside a greedy text."""
-    return _written_together(pair, {"num_beams": BEAMS}, {})
+    return _together(pair, [_short_text(num_beams=BEAMS), _long_text()], _distance_of_texts)
 
 
 BATCHED: dict[str, Callable[[Pair], Distance]] = {
@@ -172,25 +174,28 @@ BATCHED: dict[str, Callable[[Pair], Distance]] = {
 }
 
 
-def _written_together(pair: Pair, *how: dict[str, Any]) -> Distance:
-    texts = [(_ids(2, 9), _left_mask(2, 9)), (_ids(1, 17), torch.ones(1, 17, dtype=torch.long))]
-    jobs = list(zip(texts, how, strict=True))
-    whole = [write(pair.whole, *text, **each) for text, each in jobs]
-    split, ragged = _together(
-        pair, [lambda text=text, each=each: write(pair.split, *text, **each) for text, each in jobs]
-    )
-    worst = Distance(True, 0.0, ragged=ragged)
-    for one, other in zip(whole, split, strict=True):
-        worst |= _distance_of_texts(one, other)
-    return worst
+def _short_text(**how: Any) -> Callable[[PreTrainedModel], Text]:
+    return partial(write, ids_BT=_ids(2, 9), mask_BT=_left_mask(2, 9), **how)
 
 
-def _together(pair: Pair, jobs: Sequence[Callable[[], Any]]) -> tuple[list[Any], int]:
-    """What the jobs give, each on a thread of its own, and how many ragged batches ran meanwhile."""
+def _long_text() -> Callable[[PreTrainedModel], Text]:
+    return partial(write, ids_BT=_ids(1, 17), mask_BT=torch.ones(1, 17, dtype=torch.long))
+
+
+def _together(
+    pair: Pair,
+    jobs: Sequence[Callable[[PreTrainedModel], Given]],
+    apart: Callable[[Given, Given], Distance],
+) -> Distance:
+    """The jobs on threads of their own, their steps meeting, against each job alone on the whole model."""
+    whole = [job(pair.whole) for job in jobs]
     before = pair.engine.ran.ragged
     with meeting(pair.engine, len(jobs)), ThreadPoolExecutor(len(jobs)) as threads:
-        done = [future.result() for future in [threads.submit(job) for job in jobs]]
-    return done, pair.engine.ran.ragged - before
+        split = [future.result() for future in [threads.submit(job, pair.split) for job in jobs]]
+    worst = Distance(True, 0.0, ragged=pair.engine.ran.ragged - before)
+    for one, other in zip(whole, split, strict=True):
+        worst |= apart(one, other)
+    return worst
 
 
 # ---------------------------------------------------------------- asking a model
@@ -207,7 +212,7 @@ class Text:
 def read_in_pieces(model: PreTrainedModel, ids_BT: Tensor, steps: Sequence[int]) -> Tensor:
     """The logits (B, T, V) of a given text that comes in steps of so many tokens."""
     cache = DynamicCache(config=model.config)
-    pieces = ids_BT.split(list(steps), dim=1)
+    pieces = torch.split(ids_BT, list(steps), dim=1)
     return torch.cat(
         [_logits(model, piece, past_key_values=cache, use_cache=True) for piece in pieces], dim=1
     )
@@ -219,9 +224,13 @@ def write(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, **how: Any) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         written = model.generate(
-            ids_BT, attention_mask=mask_BT, return_dict_in_generate=True, output_logits=True, **asked
+            ids_BT.to(model.device),
+            attention_mask=mask_BT.to(model.device),
+            return_dict_in_generate=True,
+            output_logits=True,
+            **asked,
         )
-    return Text(written.sequences, torch.stack(written.logits))
+    return Text(written.sequences.cpu(), torch.stack(written.logits).cpu())
 
 
 def _distance_of_texts(whole: Text, split: Text) -> Distance:
@@ -232,8 +241,12 @@ def _distance_of_texts(whole: Text, split: Text) -> Distance:
 def _logits(model: PreTrainedModel, ids_BT: Tensor, **how: Any) -> Tensor:
     # A thread has a grad mode of its own.
     with torch.no_grad():
-        logits_BTV: Tensor = model(ids_BT, **how).logits
-    return logits_BTV
+        logits_BTV: Tensor = model(ids_BT.to(model.device), **_moved(how, model.device)).logits
+    return logits_BTV.cpu()
+
+
+def _moved(how: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in how.items()}
 
 
 def _ids(rows: int, tokens: int, seed: int = 1) -> Tensor:

@@ -1,10 +1,21 @@
 import pytest
+from typer.testing import CliRunner
 
-from splitlearn.cli.cost import Work, split_cost, tokens_with_cache, tokens_without_cache, wire_cost
+from splitlearn.cli.cost import (
+    Work,
+    split_cost,
+    tokens_with_cache,
+    tokens_without_cache,
+    weightless_trunk,
+    wire_cost,
+)
+from splitlearn.cli.main import app
+from splitlearn.engine.runner import measure_layers
 from splitlearn.errors import CheckpointError
 from splitlearn.model.checkpoint import Checkpoint
 from splitlearn.model.plan import SplitPlan
 from splitlearn.model.slices import write_slice
+from splitlearn.model.weights import load_trunk
 from splitlearn.testing.tiny import tiny_model
 
 
@@ -57,3 +68,16 @@ def test_a_slice_cannot_tell_of_the_other_side(folder, tmp_path):
     part = write_slice(Checkpoint.open(folder), plan, "client", tmp_path / "client")
     with pytest.raises(CheckpointError, match="plan the whole model"):
         split_cost(Checkpoint.open(part), plan, Work(1, 8, 4), 128)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral", "deepseek_v3", "bloom"])
+def test_a_trunk_without_weights_tells_what_the_real_one_keeps_of_a_token(family, tmp_path):
+    checkpoint, plan = Checkpoint.open(tiny_model(family, tmp_path / family)), SplitPlan(6, 2, 2)
+    assert measure_layers(weightless_trunk(checkpoint, plan)) == measure_layers(load_trunk(checkpoint, plan))
+
+
+def test_plan_prints_a_table(folder):
+    shown = CliRunner().invoke(app, ["plan", str(folder), "--batch", "2"])
+    assert shown.exit_code == 0, shown.output
+    assert "split 2/2/2" in shown.output
+    assert "the same text without the cache" in shown.output

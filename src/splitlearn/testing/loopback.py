@@ -1,0 +1,97 @@
+"""A trunk in this process, reached without a network: the engine is the real one, nothing is encoded."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from splitlearn import __version__
+from splitlearn.client.split_model import connect
+from splitlearn.client.transport import Traffic
+from splitlearn.config import BatchingConfig, ClientConfig, SessionConfig, WireLimits
+from splitlearn.engine.engine import Engine
+from splitlearn.errors import StepTimeout
+from splitlearn.model.checkpoint import Checkpoint
+from splitlearn.model.plan import SplitPlan
+from splitlearn.model.weights import load_trunk
+from splitlearn.vocabulary import Precision
+from splitlearn.wire.dtypes import dtype_name
+from splitlearn.wire.handshake import CLIENT_ID_BYTES, Agreement
+from splitlearn.wire.messages import AnswerMessage, CloseMessage, ForkMessage, StepMessage
+
+FORK_S = 60.0
+SMALL = SessionConfig(kv_budget_bytes=1 << 20, session_tokens=96)
+Result = TypeVar("Result")
+
+
+class LoopbackTransport:
+    """One client of an engine that someone else starts and stops."""
+
+    def __init__(self, engine: Engine, sessions: SessionConfig, limits: WireLimits = WireLimits()) -> None:  # noqa: B008
+        self.traffic = Traffic()
+        self.agreement = Agreement(
+            checksum=False,
+            max_message_bytes=limits.max_message_bytes,
+            chunk_bytes=limits.chunk_bytes,
+            max_rows=limits.max_rows,
+            max_tokens=limits.max_tokens,
+            session_tokens=engine.kv.slot_tokens,
+            max_positions=engine.trunk.max_positions or 0,
+            answer_window=sessions.answer_window,
+            precision=Precision(weights=dtype_name(engine.trunk.dtype)),
+            software=f"splitlearn/{__version__}",
+        )
+        self._engine = engine
+        self._client = secrets.token_bytes(CLIENT_ID_BYTES)
+
+    def step(self, message: StepMessage) -> AnswerMessage:
+        sent = replace(message, activation_BTD=self._carry(message.activation_BTD))
+        answer = _within(message.deadline_s or None, self._engine.submit(self._client, sent))
+        if answer.error is not None:
+            raise answer.error
+        assert answer.activation_BTD is not None
+        return replace(answer, activation_BTD=self._carry(answer.activation_BTD))
+
+    def fork(self, message: ForkMessage) -> None:
+        _within(FORK_S, self._engine.fork(self._client, message))
+
+    def close_session(self, message: CloseMessage) -> None:
+        self._engine.close(self._client, message)
+
+    def close(self) -> None:
+        """Nothing is open but the engine, which is not ours."""
+
+    def _carry(self, tensor: Tensor) -> Tensor:
+        """A copy, as a wire makes one: neither side can write into the other's memory."""
+        self.traffic.count(tensor.nbytes, tensor.nbytes)
+        return tensor.detach().cpu().clone()
+
+
+@contextmanager
+def split_over_loopback(
+    folder: str | Path, plan: SplitPlan | None = None, sessions: SessionConfig = SMALL, **how: Any
+) -> Iterator[PreTrainedModel]:
+    """The model in this folder, split 2/n/2 or as planned; `how` is `dtype` and the like, for both sides."""
+    checkpoint = Checkpoint.open(folder)
+    plan = plan or SplitPlan.for_config(checkpoint.config)
+    engine = Engine(load_trunk(checkpoint, plan, **how), BatchingConfig(), sessions)
+    engine.start()
+    try:
+        yield connect(checkpoint, plan, LoopbackTransport(engine, sessions), ClientConfig(), **how)
+    finally:
+        engine.stop()
+
+
+def _within(timeout_s: float | None, future: Future[Result]) -> Result:
+    try:
+        return future.result(timeout_s)
+    except TimeoutError:
+        raise StepTimeout(f"the engine did not answer within {timeout_s:g} s") from None

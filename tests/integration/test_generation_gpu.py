@@ -1,0 +1,54 @@
+"""On a GPU the split model gives what the whole model gives there, alone and in a batch."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from splitlearn.testing.pair import Pair, lively_model, served_pair
+from splitlearn.testing.parity import ALONE, BATCHED, DECODE_STEPS, Distance
+
+pytestmark = pytest.mark.gpu
+
+FAMILIES = ["llama", "gemma3_text", "gpt2", "gpt_oss", "deepseek_v3", "bloom"]
+CLOSE = 1e-4
+IDS = torch.randint(4, 128, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    with served_pair(lively_model(request.param, tmp_path_factory.mktemp("model")), device="cuda") as pair:
+        assert pair.engine.trunk.device.type == pair.split.device.type == "cuda"
+        yield pair
+
+
+@pytest.mark.parametrize("check", ALONE.values(), ids=list(ALONE))
+def test_alone_on_a_gpu_the_split_model_is_the_whole_model(
+    pair: Pair, check: Callable[[Pair], Distance]
+) -> None:
+    found = check(pair)
+    assert found.texts_equal
+    assert found.relative <= CLOSE
+
+
+@pytest.mark.parametrize("check", BATCHED.values(), ids=list(BATCHED))
+def test_sessions_in_one_batch_on_a_gpu_give_what_each_gives_alone(
+    pair: Pair, check: Callable[[Pair], Distance]
+) -> None:
+    found = check(pair)
+    assert found.texts_equal
+    assert found.relative <= CLOSE
+    if pair.engine.trunk.batched:
+        assert found.ragged >= DECODE_STEPS, "the sessions did not meet"
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_cache_that_is_offloaded_keeps_only_bottom_and_top_there(pair: Pair, use_cache: bool) -> None:
+    how = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 12, "use_cache": use_cache}
+    if use_cache:
+        how["cache_implementation"] = "offloaded"
+    texts = [
+        model.generate(IDS.cuda(), attention_mask=torch.ones_like(IDS).cuda(), **how)
+        for model in (pair.whole, pair.split)
+    ]
+    assert torch.equal(*texts)

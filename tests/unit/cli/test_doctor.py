@@ -1,0 +1,18 @@
+from typer.testing import CliRunner
+
+from splitlearn.cli.main import app
+
+
+def test_it_looks_at_the_machine_where_nothing_is_named():
+    ended = CliRunner().invoke(app, ["doctor"])
+    assert ended.exit_code == 0, ended.output
+    outcomes = {line.split()[1]: line.split()[0] for line in ended.output.splitlines()}
+    assert outcomes["transformers"] == outcomes["memory"] == "ok"
+    assert outcomes["model"] == outcomes["trunk"] == "skipped"
+
+
+def test_a_model_that_cannot_be_opened_fails(tmp_path):
+    ended = CliRunner().invoke(app, ["doctor", str(tmp_path)])
+    assert ended.exit_code == 1
+    (line,) = [line for line in ended.output.splitlines() if line.startswith("failed")]
+    assert "config.json" in line
