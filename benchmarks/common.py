@@ -30,7 +30,18 @@ class Server:
 @contextmanager
 def serving(model: Path, *flags: str) -> Iterator[Server]:
     """`splitlearn serve` with one thread, in a process of its own."""
-    command = [sys.executable, "-m", "splitlearn.cli", "serve", str(model), "--port", "0", "--threads", "1", *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "splitlearn.cli",
+        "serve",
+        str(model),
+        "--port",
+        "0",
+        "--threads",
+        "1",
+        *flags,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | ONE_THREAD)
     assert process.stdout is not None
     try:
@@ -61,7 +72,8 @@ def write(name: str, figures: Any, table: str) -> None:
     RESULTS.mkdir(exist_ok=True)
     circumstances = {
         "command": " ".join(["python", *map(_short, sys.argv)]),
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "src") else ""),
+        "commit": _git("rev-parse", "--short", "HEAD")
+        + ("+" if _git("status", "--porcelain", "src") else ""),
         "machine": f"{_cpu()}, {os.cpu_count()} cores, {platform.system()}",
         "versions": {name: version(name) for name in ("torch", "transformers", "grpcio", "protobuf")}
         | {"python": platform.python_version()},
@@ -80,7 +92,11 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def _short(argument: str) -> str:
     path = Path(argument)
-    return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else argument
+    return (
+        str(path.relative_to(Path.cwd()))
+        if path.is_absolute() and path.is_relative_to(Path.cwd())
+        else argument
+    )
 
 
 def _git(*arguments: str) -> str:

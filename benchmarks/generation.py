@@ -36,9 +36,16 @@ def prompt(tokens: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(100, 40_000, (1, tokens), generator=torch.Generator().manual_seed(seed))
 
 
-def tokens_per_s(model: Any, ids: torch.Tensor, new_tokens: int = NEW_TOKENS, **how: Any) -> tuple[float, torch.Tensor]:
+def tokens_per_s(
+    model: Any, ids: torch.Tensor, new_tokens: int = NEW_TOKENS, **how: Any
+) -> tuple[float, torch.Tensor]:
     """Greedy, exactly `new_tokens` of them, the prompt's time included; and the ids that came."""
-    settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    settings = {
+        "max_new_tokens": new_tokens,
+        "min_new_tokens": new_tokens,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
     started = time.perf_counter()
     made = model.generate(ids, attention_mask=torch.ones_like(ids), **settings, **how)
     return new_tokens / (time.perf_counter() - started), made
@@ -46,7 +53,9 @@ def tokens_per_s(model: Any, ids: torch.Tensor, new_tokens: int = NEW_TOKENS, **
 
 def require_equal(split: torch.Tensor, whole: torch.Tensor) -> None:
     if not torch.equal(split, whole):
-        raise SystemExit("the split model's text differs from the whole model's: the figures would mean nothing")
+        raise SystemExit(
+            "the split model's text differs from the whole model's: the figures would mean nothing"
+        )
 
 
 __all__ = ["NEW_TOKENS", "Models", "bundled_model", "prompt", "require_equal", "tokens_per_s"]

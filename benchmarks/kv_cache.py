@@ -61,7 +61,8 @@ def main(prompts: tuple[int, ...]) -> None:
         for length, f in figures.items()
     ]
     header = (
-        "prompt", "whole, tokens/s with / without", "split, tokens/s with / without", "whole's gain", "split's gain",
+        "prompt", "whole, tokens/s with / without", "split, tokens/s with / without", "whole's gain",
+        "split's gain",
         f"split's gain over whole's (wanted {WANTED_SHARE}; and {WANTED_AT_LONGEST}x at {PROMPTS[-1]})",
     )  # fmt: skip
     write("kv_cache", {"new_tokens": NEW_TOKENS, "prompts": figures}, markdown(header, rows))

@@ -96,7 +96,9 @@ def measured(folder: Path) -> dict[str, int]:
 
 
 def run(part: str, *arguments: Path) -> None:
-    subprocess.run([sys.executable, __file__, part, *map(str, arguments)], env=os.environ | ONE_THREAD, check=True)
+    subprocess.run(
+        [sys.executable, __file__, part, *map(str, arguments)], env=os.environ | ONE_THREAD, check=True
+    )
 
 
 def main() -> None:
@@ -106,7 +108,14 @@ def main() -> None:
         run("--slice", whole, sliced)
         figures = {"whole folder": measured(whole), "client's slice": measured(sliced)}
     rows = [
-        (name, f["files_mb"], f["weights_mb"], f["libraries_mb"], f["peak_mb"], f["peak_mb"] - f["weights_mb"])
+        (
+            name,
+            f["files_mb"],
+            f["weights_mb"],
+            f["libraries_mb"],
+            f["peak_mb"],
+            f["peak_mb"] - f["weights_mb"],
+        )
         for name, f in figures.items()
     ]
     header = (

@@ -50,7 +50,13 @@ def main() -> None:
         )
         for length, f in figures.items()
     ]
-    header = ("prompt", "whole, tokens/s", "split, tokens/s", f"median of {PAIRS} paired ratios (wanted {WANTED})", "range")
+    header = (
+        "prompt",
+        "whole, tokens/s",
+        "split, tokens/s",
+        f"median of {PAIRS} paired ratios (wanted {WANTED})",
+        "range",
+    )
     write("split_vs_whole", figures, markdown(header, rows))
 
 

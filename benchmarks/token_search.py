@@ -1,9 +1,9 @@
 """Can a server that knows the bottom's weights read the text out of the activations?
 
-Of a public model it does. Each activation depends on its token and those before it, so the server can try every
-entry of the vocabulary at each place, in order, and keep the one whose activation is nearest to what was sent.
-SmolLM2-135M, k = 2; the activations as they are sent in float32, in bfloat16, and with Gaussian noise of a share
-of each channel's standard deviation (which costs the model quality).
+Of a public model it does. Each activation depends on its token and those before it, so the server can try
+every entry of the vocabulary at each place, in order, and keep the one whose activation is nearest to what
+was sent. SmolLM2-135M, k = 2; the activations as they are sent in float32, in bfloat16, and with Gaussian
+noise of a share of each channel's standard deviation (which costs the model quality).
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def search(bottom: torch.nn.Module, sent_TD: Tensor, vocabulary: int) -> list[in
             if found:
                 bottom(torch.tensor([found]), past_key_values=cache, use_cache=True)
                 cache.batch_repeat_interleave(len(entries))
-            activation_ND = bottom(entries[:, None], past_key_values=cache, use_cache=True).last_hidden_state[:, 0]
+            activation_ND = bottom(entries[:, None], past_key_values=cache, use_cache=True).last_hidden_state[
+                :, 0
+            ]
             distances.append((activation_ND - wanted_D).norm(dim=1))
         found.append(int(torch.cat(distances).argmin()))
     return found
@@ -68,7 +70,9 @@ def main() -> None:
         right = sum(a == b for a, b in zip(found, ids, strict=True)) / len(ids)
         figures[case] = {"recovered": right, "text": tokenizer.decode(found)}
         print(case, figures[case], flush=True)
-    rows = [(case, f"{100 * f['recovered']:.0f} %", f["text"].replace("\n", " ")) for case, f in figures.items()]
+    rows = [
+        (case, f"{100 * f['recovered']:.0f} %", f["text"].replace("\n", " ")) for case, f in figures.items()
+    ]
     header = (f"as sent (k = {BOTTOM_LAYERS})", "tokens recovered", "what the server reads")
     write("token_search", {"text": TEXT, "tokens": len(ids), "cases": figures}, markdown(header, rows))
 

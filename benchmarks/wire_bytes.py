@@ -1,7 +1,7 @@
 """How many bytes does a text cost on the wire, with the cache on the server and without?
 
-SmolLM2-135M, 100 new tokens after a prompt of 16. Tensor bytes are the activations' alone; message bytes are the
-serialised messages of both directions, all of them, handshake included; gRPC's and TCP's own framing is not in them.
+SmolLM2-135M, 100 new tokens after a prompt of 16. Tensor bytes are the activations' alone; message bytes are
+those of the serialised steps and answers, both ways; gRPC's and TCP's own framing is not in them.
 """
 
 from __future__ import annotations
@@ -48,11 +48,18 @@ def main() -> None:
             figures[name] = measure(server.address, folder, **case)
     none, cached = figures["float32, no cache"]["tensor_bytes"], figures["float32"]["tensor_bytes"]
     rows = [
-        (name, f"{f['tensor_bytes'] / 1e6:.3f}", f"{f['tensor_bytes_per_token']:.0f}", f"{100 * f['overhead']:.1f} %")
+        (
+            name,
+            f"{f['tensor_bytes'] / 1e6:.3f}",
+            f"{f['tensor_bytes_per_token']:.0f}",
+            f"{100 * f['overhead']:.1f} %",
+        )
         for name, f in figures.items()
     ]
     header = ("case", "tensors, MB", "bytes a new token", "overhead of the messages")
-    saved = f"\n\nThe cache on the server saves {100 * (1 - cached / none):.1f} % of the bytes (wanted: 97 %)."
+    saved = (
+        f"\n\nThe cache on the server saves {100 * (1 - cached / none):.1f} % of the bytes (wanted: 97 %)."
+    )
     write("wire_bytes", figures | {"saved": 1 - cached / none}, markdown(header, rows) + saved)
 
 

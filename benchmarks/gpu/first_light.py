@@ -1,8 +1,8 @@
 """Does a trunk on a GPU give the whole model's results there, and what does the split cost a token?
 
-Run on a machine with one CUDA GPU: `python benchmarks/gpu/first_light.py` (`--cpu` tries the script with tiny
-shapes). First correctness, tiny models in float32; then speed, random weights of a 1B shape in bfloat16, whole
-and split (2/12/2) with client and server in two processes on that GPU. Nothing is compiled yet: eager both.
+Run on a machine with one CUDA GPU: `python benchmarks/gpu/first_light.py` (`--cpu` tries the script with
+tiny shapes). First correctness, tiny models in float32; then speed, random weights of a 1B shape in bfloat16,
+whole and split (2/12/2), client and server as two processes on that GPU. Nothing is compiled yet.
 """
 
 from __future__ import annotations
@@ -84,7 +84,14 @@ def speed(device: str, shape: dict[str, int]) -> list[dict[str, Any]]:
             LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(folder)
             torch.set_default_dtype(torch.float32)
         whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
-        command = [sys.executable, "-c", SERVE, folder, device, str(Path(__file__).resolve().parents[2] / "src")]
+        command = [
+            sys.executable,
+            "-c",
+            SERVE,
+            folder,
+            device,
+            str(Path(__file__).resolve().parents[2] / "src"),
+        ]
         server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         try:
             address = server.stdout.readline().strip()
@@ -107,7 +114,9 @@ def compare(whole: Any, split: Any, count: int, device: str, vocabulary: int) ->
             if turn:
                 speeds[name].append(count * NEW_TOKENS / (time.perf_counter() - started))
     row = {"rows": count} | {name: round(statistics.median(each), 1) for name, each in speeds.items()}
-    row["ratio"] = round(statistics.median(a / b for a, b in zip(speeds["split"], speeds["whole"], strict=True)), 3)
+    row["ratio"] = round(
+        statistics.median(a / b for a, b in zip(speeds["split"], speeds["whole"], strict=True)), 3
+    )
     row["trunk_step_ms"] = split.trunk.last_timings.device_us / 1000
     print(json.dumps(row), flush=True)
     return row
@@ -127,9 +136,12 @@ def main() -> None:
     }
     if given.output:
         given.output.write_text(json.dumps(figures, indent=2) + "\n")
-    print("\n| rows | whole, tokens/s | split, tokens/s | ratio | trunk step, ms |\n| --- | --- | --- | --- | --- |")
+    print("\n| rows | whole, tokens/s | split, tokens/s | ratio | trunk step, ms |")
+    print("| --- | --- | --- | --- | --- |")
     for row in figures["speed"]:
-        print(f"| {row['rows']} | {row['whole']} | {row['split']} | {row['ratio']} | {row['trunk_step_ms']} |")
+        print(
+            f"| {row['rows']} | {row['whole']} | {row['split']} | {row['ratio']} | {row['trunk_step_ms']} |"
+        )
 
 
 if __name__ == "__main__":

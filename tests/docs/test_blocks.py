@@ -90,9 +90,7 @@ def trunk_address(model_dir: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("page", pages_with_python, ids=name_of)
-def test_the_python_of_a_page_runs(
-    page: Path, model_dir: Path, trunk_address: str, tmp_path: Path
-) -> None:
+def test_the_python_of_a_page_runs(page: Path, model_dir: Path, trunk_address: str, tmp_path: Path) -> None:
     script = tmp_path / page.name
     script.write_text(python_of(page), encoding="utf-8")
     done = subprocess.run(

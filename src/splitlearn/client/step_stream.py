@@ -39,6 +39,7 @@ class StepStream:
         self._lock = threading.Lock()
         self._waiting: dict[StepKey | int | str, Future[Any]] = {}
         self._broken: SplitLearnError | None = None
+        self._is_welcome = False
         self._numbers = count(1)
         self._call = rpc.TrunkStub(channel).Steps(iter(self._outgoing.get, None))
         self._reader = threading.Thread(target=self._read, name="splitlearn answers", daemon=True)
@@ -122,7 +123,7 @@ class StepStream:
                 TrunkUnreachable(f"{self._address} ended the connection: is the server still running?")
             )
         except grpc.RpcError as error:
-            self._break(error_of(error, self._address))
+            self._break(error_of(error, self._address, connected=self._is_welcome))
         except SplitLearnError as error:
             self._break(error)
             self._call.cancel()
@@ -136,6 +137,7 @@ class StepStream:
                 if (whole := assembly.add(message.chunk)) is not None:
                     self._take(pb.ServerMessage.FromString(whole), assembly)
             case "welcome":
+                self._is_welcome = True
                 self._give(WELCOME, message.welcome)
             case "forked":
                 self._give(message.forked.session, message.forked)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from splitlearn.wire.handshake import Agreement
@@ -18,13 +19,15 @@ class Traffic:
     messages: int = 0
     received_bytes: int = 0
     """Those of `message_bytes` that came from the trunk."""
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
     def count(self, tensor_bytes: int, message_bytes: int, *, received: bool = False) -> None:
-        self.tensor_bytes += tensor_bytes
-        self.message_bytes += message_bytes
-        self.messages += 1
-        if received:
-            self.received_bytes += message_bytes
+        with self._lock:
+            self.tensor_bytes += tensor_bytes
+            self.message_bytes += message_bytes
+            self.messages += 1
+            if received:
+                self.received_bytes += message_bytes
 
 
 class Transport(Protocol):

@@ -206,7 +206,8 @@ def _no_safetensors(source: str) -> str:
 
 
 def _unreadable(source: str, error: Exception) -> str:
-    return f"{source} cannot be read: {_first_line(error)}"
+    what = "cannot be read" if Path(source).is_dir() else "is no folder here, and as a hub id cannot be read"
+    return f"{source} {what}: {_first_line(error)}"
 
 
 def _first_line(error: Exception) -> str:

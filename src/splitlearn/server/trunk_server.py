@@ -61,7 +61,7 @@ class TrunkServer:
     @property
     def address(self) -> str:
         """`host:port` as a client needs it."""
-        return f"{self.config.host}:{self._port.result(START_S)}"
+        return _joined(self.config.host, self._port.result(START_S))
 
     @property
     def engine(self) -> Engine:
@@ -136,7 +136,7 @@ class TrunkServer:
         rpc.add_TrunkServicer_to_server(TrunkService(hall), server)
         healthy = health.aio.HealthServicer()  # type: ignore[attr-defined]
         health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-        address = f"{self.config.host}:{self.config.port}"
+        address = _joined(self.config.host, self.config.port)
         try:
             self._bound_port = server.add_insecure_port(address)
         except RuntimeError:
@@ -154,6 +154,11 @@ class TrunkServer:
             if idle or time.monotonic() > until:
                 break
             await asyncio.sleep(POLL_S)
+
+
+def _joined(host: str, port: int) -> str:
+    """An IPv6 address stands in brackets."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
 def load(config: ServerConfig) -> tuple[TrunkSegment, ModelIdentity]:

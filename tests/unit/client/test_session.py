@@ -38,7 +38,9 @@ class RowsTransport:
         new, mask = message.activation_BTD[:, :, 0].tolist(), message.mask_columns_BT
         new_mask = [[True] * message.tokens] * message.rows if mask is None else mask.tolist()
         for held, added in ((self.rows, new), (self.masks, new_mask)):
-            held[number] = [held[number][row][:keep] + extra for row, extra in zip(chosen, added, strict=True)]
+            held[number] = [
+                held[number][row][:keep] + extra for row, extra in zip(chosen, added, strict=True)
+            ]
         return AnswerMessage(message.key, message.activation_BTD, Timings())
 
     def fork(self, message: ForkMessage) -> None:
@@ -54,7 +56,9 @@ def values(rows: int, tokens: int, start: int = 0) -> torch.Tensor:
     return numbers.expand(rows, tokens, HIDDEN)
 
 
-def open_session(rows: int = 2, tokens: int = 3, mask: torch.Tensor | None = None) -> tuple[ClientSession, RowsTransport]:
+def open_session(
+    rows: int = 2, tokens: int = 3, mask: torch.Tensor | None = None
+) -> tuple[ClientSession, RowsTransport]:
     transport = RowsTransport()
     session = ClientSession(transport)
     session.step(values(rows, tokens), mask, None, 1.0)

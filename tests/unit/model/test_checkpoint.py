@@ -171,7 +171,7 @@ def test_a_folder_that_is_not_there_or_no_models_is_refused(tmp_path: Path):
 
 
 def test_a_hub_id_that_cannot_be_fetched_is_one_line(monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(CheckpointError, match=r"nobody/no-model cannot be read") as refused:
+    with pytest.raises(CheckpointError, match=r"no folder here, and as a hub id cannot be read") as refused:
         Checkpoint.open("nobody/no-model")
     assert "\n" not in refused.value.message
 
