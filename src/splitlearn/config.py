@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 from splitlearn.errors import SettingError
 
@@ -38,9 +47,9 @@ class BatchingConfig(Settings):
     """Which waiting steps the trunk runs together."""
 
     max_batch_tokens: PositiveInt = 4096
-    """Tokens that the trunk runs at once: more is faster and takes more memory."""
+    """Tokens up to which steps are joined into one batch: more is faster and takes more memory."""
     max_batch_rows: PositiveInt = 64
-    """Rows (sequences) that the trunk runs at once."""
+    """Rows (sequences) up to which steps are joined into one batch."""
     wait_ms: NonNegativeFloat = 0.0
     """How long a lone step waits for company; 0 answers soonest."""
 
@@ -54,6 +63,8 @@ class SessionConfig(Settings):
     """Longest text of one row of a session; the model's own positions are a limit too."""
     lease_s: PositiveFloat = 600.0
     """A session that is idle for longer is closed and its memory freed."""
+    orphan_lease_s: PositiveFloat = 60.0
+    """The same for a session whose client has no connection left; it may come back within this time."""
     max_sessions: PositiveInt = 1024
     """Sessions that may be open at once, over all clients."""
     answer_window: PositiveInt = 4
@@ -88,7 +99,7 @@ class ServerConfig(Settings):
     """Allow 0 top layers, where the returned gradient gives the labels away."""
     host: str = "127.0.0.1"
     """Address to listen on."""
-    port: int = 50051
+    port: Annotated[int, Field(ge=0, le=65_535)] = 50051
     """Port to listen on; 0 takes a free one."""
     device: str = "auto"
     """`cpu`, `cuda` or `cuda:1`; `auto` takes the first GPU if there is one."""
@@ -96,14 +107,16 @@ class ServerConfig(Settings):
     """Precision of weights and KV cache; "auto" keeps the checkpoint's."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention implementation; "auto" takes the library's choice for this family."""
-    threads: int = 0
+    threads: NonNegativeInt = 0
     """CPU threads for the trunk's computation; 0 leaves torch's default."""
     drain_s: PositiveFloat = 30.0
-    """How long a stopping server lets running steps finish."""
+    """How long a stopping server lets running steps, and the texts that are being written, finish."""
     checksum: bool = True
     """Check every tensor with xxh3; unnecessary under TLS, which checks by itself."""
     max_streams: PositiveInt = 256
-    """Streams that may be open at once."""
+    """Streams that may be open at once; a client has up to two."""
+    max_unanswered: PositiveInt = 64
+    """Steps of one stream that may wait for their answers; further ones are not read meanwhile."""
     batching: BatchingConfig = BatchingConfig()
     sessions: SessionConfig = SessionConfig()
     limits: WireLimits = WireLimits()

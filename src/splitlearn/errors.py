@@ -7,6 +7,7 @@ receives the same class again with the same words (`splitlearn.wire.status`).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Self
 
 
 class SplitLearnError(Exception):
@@ -21,6 +22,10 @@ class SplitLearnError(Exception):
         super().__init__(message)
         self.message = message
         self.facts = dict(facts or {})
+
+    def again(self) -> Self:
+        """The same error as a new object: raised on several threads, one would collect all their frames."""
+        return type(self)(self.message, facts=self.facts)
 
 
 # What the user asked for cannot be done as it stands.

@@ -264,9 +264,19 @@ def reset(model: PreTrainedModel) -> Tensor:
     return read(model, cache, IDS)
 
 
+def begun_in_inference_mode(model: PreTrainedModel) -> Tensor:
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(IDS, attention_mask=MASK, past_key_values=cache, use_cache=True)
+    mask = torch.cat([MASK, torch.ones(2, 1, dtype=torch.long)], dim=1)
+    ids = torch.cat([IDS, IDS[:, :1]], dim=1)
+    return write(model, input_ids=ids, attention_mask=mask, past_key_values=cache)
+
+
 USES = (
     continued,
     begun_without_a_config,
+    begun_in_inference_mode,
     forked,
     forked_before_its_first_step,
     forked_with_a_crop_and_rows_that_wait,

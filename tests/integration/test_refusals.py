@@ -84,6 +84,12 @@ def with_a_static_cache(pair: Pair) -> None:
     pair.split.generate(IDS, attention_mask=MASK, cache_implementation="static", **TEXT)
 
 
+def with_an_offloaded_cache(pair: Pair) -> None:
+    cache = DynamicCache(config=pair.split.config)
+    cache.offloading = True  # what DynamicCache(offloading=True) sets, where there is a GPU
+    read(pair.split, IDS, cache)
+
+
 def with_a_cache_that_a_whole_model_filled(pair: Pair) -> None:
     read(pair.split, IDS[:, :1], filled(pair.whole))
 
@@ -149,8 +155,13 @@ def to_be_spread_over_devices(pair: Pair) -> None:
     pair.split._replicate_for_data_parallel()
 
 
+def for_many_texts_in_pages(pair: Pair) -> None:
+    pair.split.generate_batch([[5, 6, 7], [8, 9]])
+
+
 WRONG = (
     with_a_static_cache,
+    with_an_offloaded_cache,
     with_a_cache_that_a_whole_model_filled,
     with_another_split_models_cache,
     by_a_whole_model_with_a_split_models_cache,
@@ -164,6 +175,7 @@ WRONG = (
     to_be_saved,
     to_be_copied,
     to_be_spread_over_devices,
+    for_many_texts_in_pages,
 )
 
 

@@ -49,7 +49,7 @@ def watch(decoder: nn.Module, config: PreTrainedConfig, max_positions: int | Non
         kwargs = dict(zip(names, args, strict=False)) | kwargs
         cache = _cache_of(kwargs, config, training=module.training)
         call = Call(_mask_of(kwargs), kwargs.get("position_ids"), cache)
-        _refuse_unsupported(kwargs)
+        _refuse_unsupported(kwargs, config)
         _require_positions(kwargs, cache, max_positions)
         context.stack.append(call)
         return (), kwargs
@@ -69,6 +69,11 @@ def _cache_of(kwargs: dict[str, Any], config: PreTrainedConfig, *, training: boo
     if isinstance(cache, StaticCache):
         raise UnsupportedCall(
             'a static cache cannot hold the trunk\'s session: leave out cache_implementation="static"'
+        )
+    if getattr(cache, "offloading", False):
+        raise UnsupportedCall(
+            "an offloaded cache fetches the layers one by one and would miss the first after the trunk: "
+            'leave out cache_implementation="offloaded"'
         )
     if cache is not None:
         return cache
@@ -91,9 +96,10 @@ def _mask_of(kwargs: dict[str, Any]) -> Tensor | None:
     return mask
 
 
-def _refuse_unsupported(kwargs: dict[str, Any]) -> None:
+def _refuse_unsupported(kwargs: dict[str, Any], config: PreTrainedConfig) -> None:
     for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
-        if kwargs.get(name):
+        asked = kwargs.get(name)
+        if getattr(config, name, False) if asked is None else asked:
             raise UnsupportedCall(f"{name} would lack the trunk's layers, which are not here: leave it out")
 
 

@@ -1,4 +1,4 @@
-"""A trunk over gRPC: small steps and large ones on connections of their own."""
+"""A trunk over gRPC: small steps and large ones on connections of their own, made anew where one broke."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from splitlearn.client.grpc_errors import error_of
 from splitlearn.client.step_stream import StepStream
 from splitlearn.client.transport import Traffic
 from splitlearn.config import ClientConfig
-from splitlearn.errors import CorruptFrame, StepTimeout, TrunkUnreachable
+from splitlearn.errors import CorruptFrame, SettingError, StepTimeout, TrunkUnreachable
 from splitlearn.vocabulary import Precision
 from splitlearn.wire.frames import FrameFormat
 from splitlearn.wire.generated import splitlearn_pb2 as pb
@@ -28,6 +28,7 @@ from splitlearn.wire.messages import AnswerMessage, CloseMessage, ForkMessage, S
 from splitlearn.wire.status import error_from_proto
 from splitlearn.wire.steps import answer_from_proto, fork_to_proto, step_to_proto
 
+SMALL, BULK = "small", "bulk"
 BULK_BYTES = 256 << 10
 ASK_AGAIN = 2
 
@@ -49,6 +50,9 @@ def describe(address: str, timeout_s: float) -> TrunkFacts:
 class GrpcTransport:
     """Connects at once, so that a wrong address, model or split shows before any weight is read.
 
+    A connection that broke is made anew at the next call, under the same client id: sessions that the
+    server still holds are found again.
+
     Args:
         address: `host:port`.
         identity: the model and the cut that the client has.
@@ -56,7 +60,8 @@ class GrpcTransport:
         format: how activations are written down.
 
     Raises:
-        TrunkUnreachable, NotATrunk, ProtocolMismatch, ModelMismatch, SplitMismatch, TrunkDraining.
+        TrunkUnreachable, NotATrunk, ProtocolMismatch, ModelMismatch, SplitMismatch, TrunkDraining,
+        SettingError: there is no such trunk, it is not the one that is meant, or it lacks the codec.
     """
 
     def __init__(
@@ -66,16 +71,19 @@ class GrpcTransport:
         self.traffic = Traffic()
         self._identity = identity
         self._config = config
+        self._codec = format.codec
         self._client = secrets.token_bytes(CLIENT_ID_BYTES)
         self._lock = threading.Lock()
-        self._channels: list[grpc.Channel] = []
+        self._streams: dict[str, StepStream] = {}
         self._sessions: set[int] = set()
-        self._bulk: StepStream | None = None
-        self._small, self.agreement = self._connect()
-        self._format = FrameFormat(format.codec, self.agreement.checksum)
+        self._is_closed = False
+        self.agreement = self._stream(SMALL).agreement
 
     def step(self, message: StepMessage) -> AnswerMessage:
-        """The step's answer; a frame that arrived corrupt is asked for again, which runs nothing twice."""
+        """The step's answer; one whose frame arrived corrupt is asked for again.
+
+        A session's step is not run again for that: the server kept its answer.
+        """
         for attempts_left in reversed(range(ASK_AGAIN + 1)):
             try:
                 return self._ask(message)
@@ -85,31 +93,35 @@ class GrpcTransport:
         raise AssertionError("the last attempt returns or raises")
 
     def fork(self, message: ForkMessage) -> None:
-        forked = self._small.fork(fork_to_proto(message), self._config.decode_s)
+        forked = self._stream(SMALL).fork(fork_to_proto(message), self._config.decode_s)
         if forked.HasField("error"):
             raise error_from_proto(forked.error)
         self._sessions.add(message.into)
 
     def close_session(self, message: CloseMessage) -> None:
+        """On every connection, so that it comes after the session's opening wherever that went."""
         self._sessions.discard(message.session)
-        self._small.tell(
-            pb.ClientMessage(close=pb.CloseSession(session=message.session, incarnation=message.incarnation))
-        )
+        close = pb.CloseSession(session=message.session, incarnation=message.incarnation)
+        for stream in tuple(self._streams.values()):
+            stream.tell(pb.ClientMessage(close=close))
 
     def close(self) -> None:
-        """End the connection; the server frees what its sessions hold."""
-        for session in list(self._sessions):
+        self._end(wait=True)
+
+    def abandon(self) -> None:
+        self._end(wait=False)
+
+    def _end(self, *, wait: bool) -> None:
+        """The server frees what this client's sessions hold."""
+        self._is_closed = True
+        for session in tuple(self._sessions):
             self.close_session(CloseMessage(session))
-        for stream in (self._small, self._bulk):
-            if stream is not None:
-                stream.close()
-        for channel in self._channels:
-            channel.close()
-        self._channels = []
+        for stream in tuple(self._streams.values()):
+            stream.close(wait=wait)
 
     def _ask(self, message: StepMessage) -> AnswerMessage:
-        proto = step_to_proto(message, self._format)
-        stream = self._small if len(proto.activation.data) < BULK_BYTES else self._bulk_stream()
+        proto = step_to_proto(message, FrameFormat(self._codec, self.agreement.checksum))
+        stream = self._stream(SMALL if len(proto.activation.data) < BULK_BYTES else BULK)
         answer = stream.step(message.key, proto, message.deadline_s)
         shape = (message.rows, message.tokens, message.activation_BTD.shape[2])
         decoded = answer_from_proto(answer, shape, checksum=self.agreement.checksum)
@@ -119,31 +131,44 @@ class GrpcTransport:
             self._sessions.add(message.key.session)
         return decoded
 
-    def _bulk_stream(self) -> StepStream:
+    def _stream(self, name: str) -> StepStream:
+        """The connection of this name, made at its first use and again where it broke."""
         with self._lock:
-            if self._bulk is None:
-                self._bulk, _ = self._connect()
-            return self._bulk
+            if self._is_closed:
+                raise TrunkUnreachable(
+                    f"the connection to {self.address} was closed here: load the model again"
+                )
+            stream = self._streams.get(name)
+            if stream is None or stream.is_broken:
+                stream = self._streams[name] = self._connect()
+            return stream
 
-    def _connect(self) -> tuple[StepStream, Agreement]:
+    def _connect(self) -> StepStream:
         config = self._config
         channel = _channel(self.address, config)
-        self._channels.append(channel)
         stream = StepStream(channel, self.address, config.limits, self.traffic)
+        try:
+            stream.keep_to(self._greet(stream))
+        except BaseException:
+            stream.cancel()
+            raise
+        return stream
+
+    def _greet(self, stream: StepStream) -> Agreement:
+        config = self._config
         greeting = hello(self._identity, self._client, Precision(), checksum=config.checksum)
         try:
             agreed = agreement(stream.greet(greeting, config.connect_s))
         except StepTimeout:
-            stream.cancel()
             raise TrunkUnreachable(
                 f"{self.address} accepts connections but says nothing within {config.connect_s:g} s: "
                 "is it a SplitLearn server? Check host and port"
             ) from None
-        except BaseException:
-            channel.close()
-            raise
-        stream.keep_to(agreed)
-        return stream, agreed
+        if self._codec.value not in agreed.codecs:
+            raise SettingError(
+                f"{self.address} does not know the codec {self._codec.name}: leave wire_dtype out"
+            )
+        return agreed
 
 
 def _channel(address: str, config: ClientConfig) -> grpc.Channel:

@@ -44,7 +44,7 @@ class RemoteCacheLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Take tokens off the end: a negative count of them, or (until 5.17) the length to keep."""
         count = int(tokens_to_remove)
-        self.session.crop(self.session.length + count if count <= 0 else count)
+        self.session.crop(max(self.session.length + count, 0) if count <= 0 else count)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.session.select(beam_idx)

@@ -104,7 +104,7 @@ def connect(
     remote.listen_to(watch(decoder_of(model), model.config, max_positions))
     model.__class__ = _split_class(type(model))
     model.__dict__["trunk"] = remote
-    weakref.finalize(model, transport.close)
+    weakref.finalize(model, transport.abandon)
     return model
 
 
@@ -126,6 +126,12 @@ class SplitModel:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         raise UnsupportedCall("a split model holds a connection and cannot be copied: load it a second time")
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """`generate_batch` would page keys and values that are not here, and give empty texts."""
+        raise UnsupportedCall(
+            "generate_batch pages the trunk's keys and values, which are not here: use generate"
+        )
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         raise UnsupportedCall("DataParallel would copy the connection: run one process a device instead")

@@ -16,7 +16,7 @@ from splitlearn.client.transport import Traffic
 from splitlearn.config import WireLimits
 from splitlearn.errors import MessageError, SplitLearnError, StepTimeout, TrunkUnreachable
 from splitlearn.vocabulary import StepKey
-from splitlearn.wire.chunks import ChunkAssembly, chunks_of
+from splitlearn.wire.chunks import ChunkAssembly, chunks_of, parse
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.generated import splitlearn_pb2_grpc as rpc
 from splitlearn.wire.handshake import Agreement
@@ -32,6 +32,7 @@ class StepStream:
 
     def __init__(self, channel: grpc.Channel, address: str, limits: WireLimits, traffic: Traffic) -> None:
         self._address = address
+        self._channel = channel
         self._chunk_bytes = limits.chunk_bytes
         self._max_bytes = limits.max_message_bytes
         self._traffic = traffic
@@ -40,6 +41,7 @@ class StepStream:
         self._waiting: dict[StepKey | int | str, Future[Any]] = {}
         self._broken: SplitLearnError | None = None
         self._is_welcome = False
+        self._agreement: Agreement | None = None
         self._numbers = count(1)
         self._call = rpc.TrunkStub(channel).Steps(iter(self._outgoing.get, None))
         self._reader = threading.Thread(target=self._read, name="splitlearn answers", daemon=True)
@@ -50,8 +52,15 @@ class StepStream:
         welcome: pb.Welcome = self._ask(WELCOME, pb.ClientMessage(hello=hello), timeout_s)
         return welcome
 
+    @property
+    def agreement(self) -> Agreement:
+        """What the handshake came to."""
+        assert self._agreement is not None, "the handshake comes first"
+        return self._agreement
+
     def keep_to(self, agreed: Agreement) -> None:
         """Send no larger messages, and no larger pieces of them, than the server said it takes."""
+        self._agreement = agreed
         self._chunk_bytes = min(self._chunk_bytes, agreed.chunk_bytes)
         self._max_bytes = min(self._max_bytes, agreed.max_message_bytes)
 
@@ -64,28 +73,32 @@ class StepStream:
         return forked
 
     def tell(self, message: pb.ClientMessage) -> None:
-        """Send without waiting for anything."""
-        self._outgoing.put(message)
+        """Send without waiting for anything; on a stream that broke there is nobody to tell."""
+        if not self.is_broken:
+            self._outgoing.put(message)
 
-    def close(self) -> None:
-        """End the stream once the server has read what was told; who still waits is told so."""
+    def close(self, *, wait: bool) -> None:
+        """End the stream; with `wait` once the server has read what was told."""
         self._outgoing.put(None)
         # A finalizer may run on any thread, this stream's own reader among them.
-        if threading.current_thread() is not self._reader:
+        if wait and threading.current_thread() is not self._reader:
             self._reader.join(CLOSE_S)
-        self._break(
-            TrunkUnreachable(f"the connection to {self._address} was closed here: load the model again")
-        )
+        self._break(TrunkUnreachable(f"the connection to {self._address} was closed here"))
 
     def cancel(self) -> None:
+        """End the stream at once, whatever is on its way."""
         self._call.cancel()
+
+    @property
+    def is_broken(self) -> bool:
+        return self._broken is not None
 
     def _ask(self, name: StepKey | int | str, message: pb.ClientMessage, timeout_s: float) -> Any:
         future: Future[Any] = Future()
         pieces = list(self._pieces(message))
         with self._lock:
             if self._broken is not None:
-                raise self._broken
+                raise self._broken.again()
             self._waiting[name] = future
             for piece in pieces:
                 self._outgoing.put(piece)
@@ -126,7 +139,13 @@ class StepStream:
             self._break(error_of(error, self._address, connected=self._is_welcome))
         except SplitLearnError as error:
             self._break(error)
+        except Exception as error:
+            self._break(MessageError(f"{self._address} sent what cannot be read ({error}): try again"))
+        finally:
+            # So that gRPC's own sending thread ends, too.
+            self._outgoing.put(None)
             self._call.cancel()
+            self._channel.close()
 
     def _take(self, message: pb.ServerMessage, assembly: ChunkAssembly) -> None:
         match message.WhichOneof("content"):
@@ -135,7 +154,7 @@ class StepStream:
                 self._give(key_from_proto(message.answer.key), message.answer)
             case "chunk":
                 if (whole := assembly.add(message.chunk)) is not None:
-                    self._take(pb.ServerMessage.FromString(whole), assembly)
+                    self._take(parse(pb.ServerMessage, whole), assembly)
             case "welcome":
                 self._is_welcome = True
                 self._give(WELCOME, message.welcome)
@@ -155,10 +174,10 @@ class StepStream:
 
     def _break(self, error: SplitLearnError) -> None:
         with self._lock:
-            self._broken = error
+            self._broken = self._broken or error
             waiting, self._waiting = list(self._waiting.values()), {}
         for future in waiting:
-            future.set_exception(error)
+            future.set_exception(error.again())
 
 
 def _tensor_bytes(message: pb.ClientMessage | pb.ServerMessage) -> int:

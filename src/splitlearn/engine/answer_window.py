@@ -19,6 +19,8 @@ class AnswerWindow:
         self.bytes = 0
 
     def keep(self, session: SessionId, step: int, answer: AnswerMessage) -> None:
+        if _bytes_of(answer) > self._max_bytes:
+            return
         steps = self._steps.setdefault(session, deque())
         steps.append(step)
         self._answers[session, step] = answer

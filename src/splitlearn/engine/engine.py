@@ -61,7 +61,8 @@ class Engine:
         self._queue = StepQueue()
         self._ready: list[ReadyStep] = []
         self.lease_s = sessions.lease_s
-        self.last_step_at = time.monotonic()
+        self.failure: Exception | None = None
+        self.on_failure: Callable[[], object] = lambda: None
         self._stopping = threading.Event()
         self._draining = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -74,7 +75,7 @@ class Engine:
     def stop(self) -> None:
         """End the thread after the batch that runs; what still waits is answered with TrunkDraining."""
         self._stopping.set()
-        self._queue.ask(lambda: None)
+        self._queue.shut()
         self._thread.join(STOP_S)
 
     def drain(self) -> None:
@@ -85,7 +86,8 @@ class Engine:
         """The future of this step's answer; an error arrives as an answer too."""
         step = Step(client, message)
         future = step.wait()
-        self._queue.put(step)
+        if not self._queue.put(step):
+            step.fail(_stopped())
         return future
 
     def fork(self, client: bytes, message: ForkMessage) -> Future[None]:
@@ -95,34 +97,44 @@ class Engine:
     def close(self, client: bytes, message: CloseMessage) -> Future[None]:
         return self._ask(lambda: self._sessions.close(client, message))
 
+    def leave(self, client: bytes) -> Future[None]:
+        """Nobody of this client is connected any more: keep its sessions for a short while only."""
+        return self._ask(lambda: self._sessions.shorten_leases(client, time.monotonic()))
+
     @property
     def open_sessions(self) -> int:
         return len(self._sessions)
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether any step waits or runs."""
-        return bool(len(self._queue) or self._ready)
-
     # The engine's thread.
 
     def _loop(self) -> None:
-        while not self._stopping.is_set():
-            self._queue.wait(0 if self._ready else EXPIRY_CHECK_S)
-            self._accept()
-            if expired := self._sessions.expire(time.monotonic()):
-                log.info("sessions expired", sessions=expired)
-            if self._ready:
-                self._wait_for_company()
-                self._run_next_batch()
-        self._refuse_the_rest()
+        try:
+            while not self._stopping.is_set():
+                self._turn()
+        except Exception as error:
+            # What can fail for one client is caught there: this is the device, or a slip of ours.
+            log.error("the engine failed and ends", exc_info=error)
+            self.failure = error
+            self.on_failure()
+        finally:
+            self._queue.shut()
+            self._refuse_the_rest()
+
+    def _turn(self) -> None:
+        self._queue.wait(0 if self._ready else EXPIRY_CHECK_S)
+        self._accept()
+        if expired := self._sessions.expire(time.monotonic()):
+            log.info("sessions expired", sessions=expired)
+        if self._ready:
+            self._wait_for_company()
+            self._run_next_batch()
 
     def _accept(self) -> None:
-        requests, steps = self._queue.take()
-        for request in requests:
-            request()
-        for step in steps:
-            self._admit(step)
+        for item in self._queue.take():
+            if isinstance(item, Step):
+                self._admit(item)
+            else:
+                item()
 
     def _admit(self, step: Step) -> None:
         try:
@@ -159,8 +171,9 @@ class Engine:
             self._ready.append(ReadyStep(step, session))
 
     def _wait_for_company(self) -> None:
-        if self._wait_s and len(self._ready) < len(self._sessions):
-            self._queue.wait(self._wait_s)
+        until = time.monotonic() + self._wait_s
+        while len(self._ready) < len(self._sessions) and (left := until - time.monotonic()) > 0:
+            self._queue.wait(left)
             self._accept()
 
     def _run_next_batch(self) -> None:
@@ -169,7 +182,7 @@ class Engine:
             return
         batch = self._batcher.choose(self._ready)
         self._ready = [waiting for waiting in self._ready if waiting not in batch]
-        started = self.last_step_at = time.monotonic()
+        started = time.monotonic()
         if prepared := [member for member in batch if self._prepare(member)]:
             self._run_or_split(prepared, started)
 
@@ -177,7 +190,7 @@ class Engine:
         now = time.monotonic()
         for late in [r for r in self._ready if r.step.is_late(now) or r.step.is_cancelled]:
             self._ready.remove(late)
-            self._release(late)
+            self._give_up(late)
             late.step.fail(StepTimeout("the step waited longer than its deadline and was not run: ask again"))
 
     def _prepare(self, member: ReadyStep) -> bool:
@@ -189,7 +202,7 @@ class Engine:
                 raise SessionLost("the session was closed while this step waited")
             member.session.prepare(member.step.message, self.kv)
         except Exception as error:
-            self._release(member)
+            self._give_up(member)
             member.step.fail(_explained(error))
             return False
         return True
@@ -200,12 +213,18 @@ class Engine:
             ran = self._run(batch)
         except Exception as error:
             if len(batch) > 1:
+                log.warning("a batch failed and runs one by one", steps=len(batch), exc_info=error)
                 for member in batch:
                     self._run_or_split([member], started)
             else:
                 self._fail(batch[0], error)
         else:
-            self._answer(batch, ran, started)
+            rows = [member.step.message.rows for member in batch]
+            for member, activation_BTD in zip(batch, torch.split(ran.activation_BTD, rows), strict=True):
+                try:
+                    self._answer(member, activation_BTD, ran, started)
+                except Exception as error:
+                    self._fail(member, error)
 
     def _run(self, batch: list[ReadyStep]) -> Ran:
         if batch[0].session is None:
@@ -227,30 +246,34 @@ class Engine:
         self.ran.note(plan)
         return ran
 
-    def _answer(self, batch: list[ReadyStep], ran: Ran, started: float) -> None:
-        rows = [member.step.message.rows for member in batch]
-        for member, activation_BTD in zip(batch, torch.split(ran.activation_BTD, rows), strict=True):
-            message = member.step.message
-            queued_us = int((started - member.step.arrived_at) * 1e6)
-            answer = AnswerMessage(
-                message.key,
-                activation_BTD.to(message.activation_BTD.dtype),
-                Timings(queued_us=queued_us, device_us=ran.device_us),
-            )
-            if member.session is not None:
-                # Kept before it leaves: a client that loses the reply asks for the same step again.
-                self._sessions.advance(member.session, message.tokens, answer)
-            member.step.answer(answer)
+    def _answer(self, member: ReadyStep, activation_BTD: Tensor, ran: Ran, started: float) -> None:
+        message = member.step.message
+        is_part = len(activation_BTD) < len(ran.activation_BTD)
+        answer = AnswerMessage(
+            message.key,
+            # A part is copied: kept as a view, it would keep the whole batch's memory.
+            activation_BTD.to(message.activation_BTD.dtype, copy=is_part),
+            Timings(queued_us=int((started - member.step.arrived_at) * 1e6), device_us=ran.device_us),
+        )
+        if member.session is not None:
+            # Kept before it leaves: a client that loses the reply asks for the same step again.
+            self._sessions.advance(member.session, message.tokens, answer, time.monotonic())
+        member.step.answer(answer)
 
     def _fail(self, member: ReadyStep, error: Exception) -> None:
         """The session's slots may be half written: it is lost, and its client told so."""
+        member.step.fail(_explained(error))
         if member.session is not None:
             self._sessions.drop(member.session)
-        member.step.fail(_explained(error))
 
-    def _release(self, member: ReadyStep) -> None:
-        if member.session is not None and member.session.running is member.step:
-            member.session.running = None
+    def _give_up(self, member: ReadyStep) -> None:
+        """The step is not run; a session that it was to open is not kept for a client that left."""
+        session = member.session
+        if session is None or session.running is not member.step:
+            return
+        session.running = None
+        if session.length == 0 and session.next_step == 1:
+            self._sessions.drop(session)
 
     def _refuse_unserved(self, message: StepMessage) -> None:
         if message.key.run or message.key.phase is not Phase.FORWARD:
@@ -269,9 +292,9 @@ class Engine:
             raise TrunkDraining("the server is stopping and opens no new session: try another, or later")
 
     def _refuse_the_rest(self) -> None:
-        self._accept()
-        for member in self._ready:
-            member.step.fail(TrunkDraining("the server stopped before this step ran: try another, or later"))
+        waiting = [item for item in self._queue.take() if isinstance(item, Step)]
+        for step in [*waiting, *(member.step for member in self._ready)]:
+            step.fail(_stopped())
         self._ready.clear()
 
     def _ask(self, work: Callable[[], Result]) -> Future[Result]:
@@ -283,7 +306,8 @@ class Engine:
             except Exception as error:
                 future.set_exception(_explained(error))
 
-        self._queue.ask(request)
+        if not self._queue.put(request):
+            future.set_exception(_stopped())
         return future
 
 
@@ -307,6 +331,10 @@ def _explained(error: Exception) -> SplitLearnError:
     incident = uuid.uuid4().hex[:8]
     log.error("step failed", incident=incident, exc_info=error)
     return TrunkFailed(f"the trunk failed at this step; its log has the cause as incident {incident}")
+
+
+def _stopped() -> TrunkDraining:
+    return TrunkDraining("the server stopped before this step ran: try another, or later")
 
 
 def _plan_of(batch: list[ReadyStep]) -> BatchPlan:

@@ -51,15 +51,24 @@ class KvCache:
                 f"the KV budget of {budget_bytes:,} bytes holds no session of {slot_tokens:,} tokens "
                 f"({self.token_bytes * slot_tokens:,} bytes): raise --kv-budget or lower --session-tokens"
             )
-        self.keys_SHLE = [
-            _zeros((self.slots, shape.heads, slot_tokens, shape.key_size), dtype, device) for shape in shapes
-        ]
-        self.values_SHLE = [
-            _zeros((self.slots, shape.heads, slot_tokens, shape.value_size), dtype, device)
-            for shape in shapes
-        ]
+        try:
+            self._allocate(shapes, dtype, device)
+        except (RuntimeError, OSError) as error:
+            raise SettingError(
+                f"{self.total_bytes:,} bytes of KV cache cannot be had on {device} "
+                f"({str(error).splitlines()[0]}): lower --kv-budget"
+            ) from None
         self.visible_SL = torch.ones(self.slots, slot_tokens, dtype=torch.bool, device=device)
         self._free = list(range(self.slots))
+
+    def _allocate(self, shapes: Sequence[LayerShape], dtype: torch.dtype, device: torch.device) -> None:
+        tokens = self.slot_tokens
+        self.keys_SHLE = [
+            _zeros((self.slots, shape.heads, tokens, shape.key_size), dtype, device) for shape in shapes
+        ]
+        self.values_SHLE = [
+            _zeros((self.slots, shape.heads, tokens, shape.value_size), dtype, device) for shape in shapes
+        ]
 
     @property
     def slot_bytes(self) -> int:

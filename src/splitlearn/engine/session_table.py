@@ -72,8 +72,9 @@ class SessionTable:
         """Raises MessageError or SessionTooLong where the step does not fit; nothing is changed."""
         session.check(message, self._kv.slot_tokens, self._max_positions)
 
-    def advance(self, session: Session, tokens: int, answer: AnswerMessage) -> None:
-        """The session's next step is done; its answer is kept before it leaves."""
+    def advance(self, session: Session, tokens: int, answer: AnswerMessage, now: float) -> None:
+        """The session's next step is done: its answer is kept before it leaves, and its lease begins anew."""
+        session.lease_until = now + self._config.lease_s
         self._answers.keep(session.id, session.next_step, answer)
         session.length += tokens
         session.next_step += 1
@@ -139,6 +140,13 @@ class SessionTable:
             self._expired.popitem(last=False)
         return len(late)
 
+    def shorten_leases(self, client: bytes, now: float) -> None:
+        """Nobody of this client is connected: its sessions wait a short while for it to come back."""
+        until = now + self._config.orphan_lease_s
+        for session in self._sessions.values():
+            if session.id[0] == client:
+                session.lease_until = min(session.lease_until, until)
+
     def _is_open(self, id: SessionId, incarnation: int) -> bool:
         return id in self._sessions and self._sessions[id].incarnation == incarnation
 
@@ -158,7 +166,8 @@ class SessionTable:
         """A newer incarnation takes the name over; an older one is turned away."""
         if incarnation < older.incarnation or older.running is not None:
             raise SessionLost(
-                f"session {older.id[1]} was opened again as incarnation {older.incarnation}: use that one"
+                f"session {older.id[1]} is open as incarnation {older.incarnation} and cannot be opened as "
+                f"{incarnation} now: use a session number of its own"
             )
         self.drop(older)
 

@@ -1,9 +1,8 @@
-"""Where steps and other requests wait for the engine's thread."""
+"""Where steps and other requests wait for the engine's thread, in the order in which they came."""
 
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable
 
 from splitlearn.engine.step import Step
@@ -12,37 +11,35 @@ Request = Callable[[], None]
 
 
 class StepQueue:
-    """Filled by any thread, emptied by the engine's."""
+    """Filled by any thread, emptied by the engine's, until it is shut."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._steps: deque[Step] = deque()
-        self._requests: deque[Request] = deque()
+        self._waiting: list[Step | Request] = []
+        self._is_shut = False
 
-    def put(self, step: Step) -> None:
+    def put(self, item: Step | Request) -> bool:
+        """Put a step in line, or something else to be done on the engine's thread; False once it is shut."""
         with self._changed:
-            self._steps.append(step)
-            self._changed.notify()
+            if not self._is_shut:
+                self._waiting.append(item)
+                self._changed.notify()
+            return not self._is_shut
 
-    def ask(self, request: Request) -> None:
-        """Have something done on the engine's thread, before any step that comes later."""
-        with self._changed:
-            self._requests.append(request)
-            self._changed.notify()
-
-    def wait(self, timeout_s: float | None) -> None:
+    def wait(self, timeout_s: float) -> None:
         """Until something waits, or the time is up."""
         with self._changed:
-            if not self._steps and not self._requests:
+            if not self._waiting and not self._is_shut:
                 self._changed.wait(timeout_s)
 
-    def take(self) -> tuple[list[Request], list[Step]]:
-        """All that waits, in the order in which it came."""
+    def take(self) -> list[Step | Request]:
+        """All that waits."""
         with self._changed:
-            requests, steps = list(self._requests), list(self._steps)
-            self._requests.clear()
-            self._steps.clear()
-            return requests, steps
+            taken, self._waiting = self._waiting, []
+            return taken
 
-    def __len__(self) -> int:
-        return len(self._steps)
+    def shut(self) -> None:
+        """Nothing more is taken in."""
+        with self._changed:
+            self._is_shut = True
+            self._changed.notify()

@@ -10,20 +10,19 @@ from dataclasses import dataclass, field
 from itertools import count
 
 import structlog
-from google.protobuf.message import DecodeError
 
 from splitlearn.config import ServerConfig
 from splitlearn.engine.engine import Engine
-from splitlearn.errors import MessageError, SplitLearnError
+from splitlearn.errors import MessageError, SplitLearnError, TrunkFailed
 from splitlearn.server.admission import Admission
 from splitlearn.server.egress import Egress
 from splitlearn.server.facts import facts_of
 from splitlearn.vocabulary import CodecId
-from splitlearn.wire.chunks import ChunkAssembly, chunks_of
+from splitlearn.wire.chunks import ChunkAssembly, chunks_of, parse
 from splitlearn.wire.frames import FrameFormat
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.handshake import ModelIdentity, welcome
-from splitlearn.wire.messages import AnswerMessage
+from splitlearn.wire.messages import AnswerMessage, StepMessage
 from splitlearn.wire.status import error_to_proto
 from splitlearn.wire.steps import answer_to_proto, close_from_proto, fork_from_proto, step_from_proto
 
@@ -50,13 +49,16 @@ class ClientStream:
         self._hall = hall
         self._limits = hall.config.limits
         self._loop = asyncio.get_running_loop()
-        self._outbox: asyncio.Queue[pb.ServerMessage | None] = asyncio.Queue()
+        self._outbox: asyncio.Queue[_Outgoing | None] = asyncio.Queue()
         self._assembly = ChunkAssembly(self._limits.max_message_bytes)
         self._numbers = count(1)
-        self._client = b""
+        self._room = asyncio.Semaphore(hall.config.max_unanswered)
         self._checksum = True
-        self._unanswered = 0
         self._all_read = False
+        self.client = b""
+        self.owed = 0
+        """Answers that the client waits for."""
+        self.last_answer_at = time.monotonic()
 
     async def messages(self, requests: AsyncIterator[pb.ClientMessage]) -> AsyncIterator[pb.ServerMessage]:
         """What goes back to the client, from its welcome to its last answer.
@@ -68,15 +70,17 @@ class ClientStream:
         reader = asyncio.create_task(self._read(requests))
         self._hall.streams.add(self)
         try:
-            while (message := await self._outbox.get()) is not None:
-                yield message
+            while (outgoing := await self._outbox.get()) is not None:
+                yield outgoing.message
+                if outgoing.is_last:
+                    self._settle()
         finally:
-            self._hall.streams.discard(self)
             reader.cancel()
+            self._leave()
 
     def end(self, error: SplitLearnError) -> None:
         """Say why, and nothing more."""
-        self._outbox.put_nowait(pb.ServerMessage(error=error_to_proto(error)))
+        self._outbox.put_nowait(_Outgoing(pb.ServerMessage(error=error_to_proto(error)), is_last=False))
         self._outbox.put_nowait(None)
 
     async def _greet(self, requests: AsyncIterator[pb.ClientMessage]) -> pb.Welcome:
@@ -95,14 +99,21 @@ class ClientStream:
             checksum=hall.config.checksum,
             answer_window=hall.config.sessions.answer_window,
         )
-        self._client = first.hello.client
+        self.client = first.hello.client
         self._checksum = answer.checksum == pb.XXH3_64
         return answer
+
+    def _leave(self) -> None:
+        """Sessions of a client that has no connection left are kept for a short while only."""
+        streams = self._hall.streams
+        streams.discard(self)
+        if not any(other.client == self.client for other in streams):
+            self._hall.engine.leave(self.client)
 
     async def _read(self, requests: AsyncIterator[pb.ClientMessage]) -> None:
         try:
             async for message in requests:
-                self._take(message)
+                await self._take(message)
         except SplitLearnError as error:
             # What follows on this stream can no longer be told apart.
             self.end(error)
@@ -110,48 +121,69 @@ class ClientStream:
             self._all_read = True
             self._close_if_done()
 
-    def _take(self, message: pb.ClientMessage) -> None:
+    async def _take(self, message: pb.ClientMessage) -> None:
         match message.WhichOneof("content"):
             case "step":
-                self._step(message.step)
+                await self._owe()
+                self._submit(message.step, self._decode(message.step))
             case "chunk":
-                if (whole := self._assembly.add(message.chunk)) is not None:
-                    self._take(_parse(whole))
+                await self._take_chunk(message.chunk)
             case "fork":
+                await self._owe()
                 self._fork(message.fork)
             case "close":
-                self._hall.engine.close(self._client, close_from_proto(message.close))
+                self._hall.engine.close(self.client, close_from_proto(message.close))
             case other:
                 raise MessageError(f"a client's message of kind {other} has no place here")
 
-    def _step(self, proto: pb.Step) -> None:
-        self._unanswered += 1
+    async def _take_chunk(self, chunk: pb.Chunk) -> None:
+        """A large message is put together, parsed and decoded beside the loop that serves the others."""
+        if not chunk.last:
+            self._assembly.add(chunk)
+            return
+        await self._owe()
+        message, decoded = await asyncio.to_thread(self._finish, chunk)
+        if decoded is None:
+            raise MessageError("only a step is large enough to come in pieces")
+        self._submit(message.step, decoded)
+
+    def _finish(self, chunk: pb.Chunk) -> tuple[pb.ClientMessage, StepMessage | SplitLearnError | None]:
+        whole = self._assembly.add(chunk)
+        assert whole is not None
+        message = parse(pb.ClientMessage, whole)
+        is_step = message.WhichOneof("content") == "step"
+        return message, self._decode(message.step) if is_step else None
+
+    def _decode(self, proto: pb.Step) -> StepMessage | SplitLearnError:
         try:
             hidden_size = self._hall.engine.trunk.hidden_size
-            step = step_from_proto(proto, hidden_size, self._limits, checksum=self._checksum)
-            format = FrameFormat(CodecId(proto.activation.codec), self._checksum)
-            future = self._hall.engine.submit(self._client, step)
+            return step_from_proto(proto, hidden_size, self._limits, checksum=self._checksum)
         except SplitLearnError as error:
-            self._deliver([pb.ServerMessage(answer=pb.Answer(key=proto.key, error=error_to_proto(error)))])
-        else:
-            future.add_done_callback(lambda done: self._encode(done, format))
+            return error
 
-    def _encode(self, done: Future[AnswerMessage], format: FrameFormat) -> None:
+    def _submit(self, proto: pb.Step, decoded: StepMessage | SplitLearnError) -> None:
+        if isinstance(decoded, SplitLearnError):
+            self._deliver([_failed(proto.key, decoded)])
+            return
+        format = FrameFormat(CodecId(proto.activation.codec), self._checksum)
+        future = self._hall.engine.submit(self.client, decoded)
+        future.add_done_callback(lambda done: self._send(done, format, proto.key))
+
+    def _send(self, done: Future[AnswerMessage], format: FrameFormat, key: pb.StepKey) -> None:
         """On the engine's thread: hand over at once."""
-        if not done.cancelled():
-            self._send(lambda: pb.ServerMessage(answer=_encoded(done.result(), format)))
+
+        def encode() -> list[pb.ServerMessage]:
+            return self._in_pieces(pb.ServerMessage(answer=_encoded(done.result(), format)))
+
+        self._hall.egress.do(lambda: self._hand_over(_or_failed(encode, key)))
 
     def _fork(self, proto: pb.ForkSession) -> None:
-        self._unanswered += 1
         try:
-            future = self._hall.engine.fork(self._client, fork_from_proto(proto))
+            future = self._hall.engine.fork(self.client, fork_from_proto(proto))
         except SplitLearnError as error:
             self._deliver([_forked(proto.into, error)])
         else:
-            future.add_done_callback(lambda done: self._send(lambda: _forked(proto.into, done.exception())))
-
-    def _send(self, make: Callable[[], pb.ServerMessage]) -> None:
-        self._hall.egress.do(lambda: self._hand_over(self._in_pieces(make())))
+            future.add_done_callback(lambda done: self._hand_over([_forked(proto.into, done.exception())]))
 
     def _in_pieces(self, message: pb.ServerMessage) -> list[pb.ServerMessage]:
         if message.ByteSize() <= self._limits.chunk_bytes:
@@ -165,13 +197,29 @@ class ClientStream:
 
     def _deliver(self, messages: list[pb.ServerMessage]) -> None:
         for message in messages:
-            self._outbox.put_nowait(message)
-        self._unanswered -= 1
+            self._outbox.put_nowait(_Outgoing(message, is_last=message is messages[-1]))
+
+    async def _owe(self) -> None:
+        """Wait for room: a client that does not read its answers is not read either."""
+        await self._room.acquire()
+        self.owed += 1
+
+    def _settle(self) -> None:
+        self.owed -= 1
+        self._room.release()
+        self.last_answer_at = time.monotonic()
         self._close_if_done()
 
     def _close_if_done(self) -> None:
-        if self._all_read and not self._unanswered:
+        if self._all_read and not self.owed:
             self._outbox.put_nowait(None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outgoing:
+    message: pb.ServerMessage
+    is_last: bool
+    """Whether an answer is complete with it."""
 
 
 def _encoded(answer: AnswerMessage, format: FrameFormat) -> pb.Answer:
@@ -183,18 +231,21 @@ def _encoded(answer: AnswerMessage, format: FrameFormat) -> pb.Answer:
     return proto
 
 
+def _or_failed(encode: Callable[[], list[pb.ServerMessage]], key: pb.StepKey) -> list[pb.ServerMessage]:
+    """An answer that cannot be encoded is an error that can: nobody waits for what never comes."""
+    try:
+        return encode()
+    except Exception as error:
+        log.error("an answer could not be encoded", exc_info=error)
+        return [_failed(key, TrunkFailed("the answer could not be sent; the server's log has the cause"))]
+
+
+def _failed(key: pb.StepKey, error: SplitLearnError) -> pb.ServerMessage:
+    return pb.ServerMessage(answer=pb.Answer(key=key, error=error_to_proto(error)))
+
+
 def _forked(session: int, error: BaseException | None) -> pb.ServerMessage:
     forked = pb.Forked(session=session)
     if isinstance(error, SplitLearnError):
         forked.error.CopyFrom(error_to_proto(error))
     return pb.ServerMessage(forked=forked)
-
-
-def _parse(whole: bytes) -> pb.ClientMessage:
-    try:
-        message = pb.ClientMessage.FromString(whole)
-    except DecodeError:
-        raise MessageError("the pieces of a message do not form one") from None
-    if message.WhichOneof("content") == "chunk":
-        raise MessageError("a message in pieces holds another in pieces")
-    return message

@@ -74,6 +74,7 @@ class TrunkServer:
             torch.set_num_threads(self.config.threads)
         trunk, self._identity = load(self.config)
         self._engine = Engine(trunk, self.config.batching, self.config.sessions)
+        self._engine.on_failure = lambda: self._ask_to_stop()
         self._engine.start()
         self._thread.start()
         self._port.result(START_S)
@@ -114,7 +115,7 @@ class TrunkServer:
         self._ask_to_stop = lambda: loop.is_closed() or loop.call_soon_threadsafe(stop.set)
         admission, egress = Admission(self.config.max_streams), Egress()
         egress.start()
-        hall = Hall(self.engine, self._identity, self.config, admission, egress)
+        self._hall = hall = Hall(self.engine, self._identity, self.config, admission, egress)
         server, healthy = self._grpc_server(hall)
         await server.start()
         await healthy.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
@@ -124,7 +125,7 @@ class TrunkServer:
         admission.drain()
         self.engine.drain()
         await healthy.enter_graceful_shutdown()
-        await self._until_quiet()
+        await self._until_quiet(hall)
         for stream in tuple(hall.streams):
             stream.end(TrunkDraining(f"the server on {self.address} has stopped: start it again"))
         await server.stop(grace=GRACE_S)
@@ -145,15 +146,19 @@ class TrunkServer:
             ) from None
         return server, healthy
 
-    async def _until_quiet(self) -> None:
-        """Until no session is open, or none has worked for a second, or `drain_s` is over."""
-        engine = self.engine
+    async def _until_quiet(self, hall: Hall) -> None:
+        """Until all answers are out and no text is being written any more, or `drain_s` is over."""
         until = time.monotonic() + self.config.drain_s
-        while engine.open_sessions or engine.is_busy:
-            idle = not engine.is_busy and time.monotonic() - engine.last_step_at > QUIET_S
-            if idle or time.monotonic() > until:
-                break
+        while not _is_quiet(hall) and time.monotonic() < until:
             await asyncio.sleep(POLL_S)
+
+
+def _is_quiet(hall: Hall) -> bool:
+    """No answer is owed; and no session is open, or none has been answered for a second."""
+    if any(stream.owed for stream in hall.streams):
+        return False
+    idle_since = time.monotonic() - QUIET_S
+    return not hall.engine.open_sessions or all(stream.last_answer_at < idle_since for stream in hall.streams)
 
 
 def _joined(host: str, port: int) -> str:
@@ -200,6 +205,9 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", piece),
         ("grpc.max_send_message_length", piece),
         ("grpc.so_reuseport", 0),
+        # A client that is gone without a word frees its place.
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
     ]

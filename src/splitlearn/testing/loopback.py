@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from splitlearn import __version__
 from splitlearn.client.split_model import connect
 from splitlearn.client.transport import Traffic
 from splitlearn.config import BatchingConfig, ClientConfig, SessionConfig, WireLimits
@@ -22,8 +21,7 @@ from splitlearn.errors import StepTimeout
 from splitlearn.model.checkpoint import Checkpoint
 from splitlearn.model.plan import SplitPlan
 from splitlearn.model.weights import load_trunk
-from splitlearn.vocabulary import Precision
-from splitlearn.wire.dtypes import dtype_name
+from splitlearn.wire.codecs import CODECS
 from splitlearn.wire.handshake import CLIENT_ID_BYTES, Agreement
 from splitlearn.wire.messages import AnswerMessage, CloseMessage, ForkMessage, StepMessage
 
@@ -38,16 +36,11 @@ class LoopbackTransport:
     def __init__(self, engine: Engine, sessions: SessionConfig, limits: WireLimits = WireLimits()) -> None:  # noqa: B008
         self.traffic = Traffic()
         self.agreement = Agreement(
+            codecs=frozenset(codec.value for codec in CODECS),
             checksum=False,
             max_message_bytes=limits.max_message_bytes,
             chunk_bytes=limits.chunk_bytes,
-            max_rows=limits.max_rows,
-            max_tokens=limits.max_tokens,
-            session_tokens=engine.kv.slot_tokens,
             max_positions=engine.trunk.max_positions or 0,
-            answer_window=sessions.answer_window,
-            precision=Precision(weights=dtype_name(engine.trunk.dtype)),
-            software=f"splitlearn/{__version__}",
         )
         self._engine = engine
         self._client = secrets.token_bytes(CLIENT_ID_BYTES)
@@ -65,6 +58,9 @@ class LoopbackTransport:
 
     def close_session(self, message: CloseMessage) -> None:
         self._engine.close(self._client, message)
+
+    def abandon(self) -> None:
+        """Nothing is open but the engine, which is not ours."""
 
     def close(self) -> None:
         """Nothing is open but the engine, which is not ours."""

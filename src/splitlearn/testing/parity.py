@@ -27,7 +27,8 @@ STEPS = (7, 1, 1, 1, 3, 1)
 """How many tokens each call brings when a text is read in pieces; longer in all than a tiny window."""
 LENGTHS = (5, 17)
 """Prompts of the sessions that meet in one batch: within a tiny model's window of 8, and beyond it."""
-DECODE_STEPS = 12
+DECODES = (1, 1, 3, 1, 2, 1, 1)
+"""How many tokens each step brings that such sessions take together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,12 +148,12 @@ def _texts(pair: Pair, ids_BT: Tensor, mask_BT: Tensor, **how: Any) -> Distance:
 
 
 def batched_logits(pair: Pair) -> Distance:
-    """Two sessions of different length take every decode step in one batch."""
+    """Two sessions of different length take every later step in one batch."""
     jobs = [
         partial(
             read_in_pieces,
-            ids_BT=_ids(1, length + DECODE_STEPS, seed=length),
-            steps=(length, *[1] * DECODE_STEPS),
+            ids_BT=_ids(1, length + sum(DECODES), seed=length),
+            steps=(length, *DECODES),
         )
         for length in LENGTHS
     ]

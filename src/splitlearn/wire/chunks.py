@@ -3,9 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError
 
 from splitlearn.errors import MessageError
 from splitlearn.wire.generated import splitlearn_pb2 as pb
+
+Message = TypeVar("Message", pb.ClientMessage, pb.ServerMessage)
+
+
+def parse(kind: type[Message], whole: bytes) -> Message:
+    """The message that came in pieces.
+
+    Raises:
+        MessageError: the pieces form none, or one that says it comes in pieces itself.
+    """
+    try:
+        message = kind.FromString(whole)
+    except DecodeError:
+        raise MessageError("the pieces of a message do not form one") from None
+    if message.WhichOneof("content") == "chunk":
+        raise MessageError("a message in pieces holds another in pieces")
+    return message
 
 
 def chunks_of(number: int, data: bytes, chunk_bytes: int) -> Iterator[pb.Chunk]:

@@ -89,7 +89,9 @@ def decode_frame(
             f"its shape {list(frame.shape)} in {kind} takes {expected}"
         )
     if checksum and _checksum(frame.data) != frame.checksum:
-        raise CorruptFrame(f"the {name} frame does not match its checksum; it is sent again as it was")
+        raise CorruptFrame(
+            f"the {name} frame does not match its checksum, the network or a memory changed it: try again"
+        )
     return codec.decode(frame.data, kind).view(tuple(frame.shape))
 
 

@@ -42,16 +42,11 @@ class ModelIdentity:
 class Agreement:
     """What both sides of one stream keep to after the handshake."""
 
+    codecs: frozenset[int]
     checksum: bool
     max_message_bytes: int
     chunk_bytes: int
-    max_rows: int
-    max_tokens: int
-    session_tokens: int
     max_positions: int
-    answer_window: int
-    precision: Precision
-    software: str
 
 
 def hello(identity: ModelIdentity, client: bytes, precision: Precision, *, checksum: bool) -> pb.Hello:
@@ -111,17 +106,14 @@ def agreement(answer: pb.Welcome) -> Agreement:
             f"{PROTOCOL}: install the same version of splitlearn on both sides"
         )
     limits = answer.limits
+    if not limits.chunk_bytes or not limits.max_message_bytes:
+        raise MessageError(f"the server ({answer.software[:60]}) names no limits for its messages")
     return Agreement(
+        codecs=frozenset(answer.codecs),
         checksum=answer.checksum == pb.XXH3_64,
         max_message_bytes=limits.max_message_bytes,
         chunk_bytes=limits.chunk_bytes,
-        max_rows=limits.max_rows,
-        max_tokens=limits.max_tokens,
-        session_tokens=limits.session_tokens,
         max_positions=limits.max_positions,
-        answer_window=limits.answer_window,
-        precision=precision_from_proto(answer.precision),
-        software=answer.software,
     )
 
 

@@ -1,5 +1,6 @@
 """The engine does each step once, batches what may be, and keeps one client's fault from the others."""
 
+import threading
 from concurrent.futures import Future
 
 import pytest
@@ -77,9 +78,7 @@ def test_sessions_of_different_length_run_as_one_batch_and_each_gets_its_own(eng
         engine.submit(ME, step(1, text[:, :-1], session))
     engine.start()
     engine.submit(ME, step(1, tokens(1), 9)).result(WAIT_S)
-    ran = []
-    original = engine._runner.run
-    engine._runner.run = lambda plan, *args, **kwargs: ran.append(plan) or original(plan, *args, **kwargs)
+    ran = count_runs(engine)
     hold = engine._ask(lambda: [queue_up(engine, texts, futures)])
     futures: dict = {}
     hold.result(WAIT_S)
@@ -155,25 +154,37 @@ def test_a_step_that_fails_costs_its_own_session_only(engine, trunk):
     assert engine.kv.free_bytes == engine.kv.total_bytes - engine.kv.slot_bytes
 
 
+def count_runs(engine) -> list:
+    """The plans that the runner is given from now on."""
+    plans: list = []
+    original = engine._runner.run
+    engine._runner.run = lambda plan, *args, **kwargs: plans.append(plan) or original(plan, *args, **kwargs)
+    return plans
+
+
 def test_a_step_whose_client_gave_up_is_not_run(engine):
     late = engine.submit(ME, step(1, tokens(4), deadline_s=1e-6))
     cancelled = engine.submit(ME, step(1, tokens(4), 2))
     cancelled.cancel()
-    engine._runner.run = None
+    ran = count_runs(engine)
     engine.start()
     with pytest.raises(StepTimeout):
         result(late)
+    assert result(engine.submit(ME, step(1, tokens(4), 3))).shape == (1, 4, HIDDEN)
+    assert [plan.tokens for plan in ran] == [4], "session 3's alone"
+    assert engine.open_sessions == 1, "what was not run opened nothing that lasts"
 
 
 def test_a_closed_session_runs_no_further_step(engine):
     waiting = engine.submit(ME, step(1, tokens(4)))
-    engine._queue.ask(lambda: None)
-    engine._accept()
-    engine._sessions.close(ME, CloseMessage(1))
-    engine._runner.run = None
+    closing = engine.close(ME, CloseMessage(1))
+    ran = count_runs(engine)
     engine.start()
     with pytest.raises(SessionLost):
         result(waiting)
+    closing.result(WAIT_S)
+    assert ran == []
+    assert engine.kv.free_bytes == engine.kv.total_bytes, "the close came after the opening"
 
 
 def test_a_lone_forward_leaves_nothing_behind(engine, trunk):
@@ -229,3 +240,45 @@ def test_a_stopped_engine_answers_what_still_waits(trunk):
     engine.start()
     with pytest.raises(TrunkDraining):
         result(waiting)
+
+
+def test_a_lone_step_waits_for_company_as_long_as_it_was_told(trunk):
+    sessions = SessionConfig(kv_budget_bytes=1 << 20, session_tokens=64)
+    engine = Engine(trunk, BatchingConfig(wait_ms=WAIT_S * 1000), sessions)
+    engine.start()
+    for session in (1, 2):
+        opening = engine.submit(ME, step(1, tokens(4 + session), session))
+        engine.submit(ME, StepMessage(StepKey(step=session), tokens(1)))
+        result(opening)
+    ran = count_runs(engine)
+    first = engine.submit(ME, step(2, tokens(1), 1))
+    engine._ask(lambda: None).result(WAIT_S)
+    assert ran == []
+    second = engine.submit(ME, step(2, tokens(1), 2))
+    result(first)
+    result(second)
+    assert [len(plan.steps) for plan in ran] == [2]
+    engine.stop()
+
+
+def test_an_engine_that_fails_says_so_and_leaves_nobody_waiting(trunk):
+    engine = Engine(trunk, BatchingConfig(), SessionConfig(kv_budget_bytes=1 << 20, session_tokens=64))
+    told = threading.Event()
+    engine.on_failure = told.set
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("the device is gone")
+
+    engine._runner.run = engine.kv.give_back = broken
+    first, second = engine.submit(ME, step(1, tokens(4))), engine.submit(ME, step(1, tokens(9), 2))
+    engine.start()
+    with pytest.raises(TrunkFailed):
+        result(first)
+    with pytest.raises(TrunkDraining):
+        result(second)
+    assert told.wait(WAIT_S)
+    assert isinstance(engine.failure, RuntimeError)
+    with pytest.raises(TrunkDraining):
+        result(engine.submit(ME, step(1, tokens(4), 3)))
+    with pytest.raises(TrunkDraining):
+        engine.close(ME, CloseMessage(1)).result(WAIT_S)

@@ -47,9 +47,9 @@ def opening(session: int = 1, **fields) -> StepMessage:
     return step(1, session, open=OpenSession(), **fields)
 
 
-def done(table: Table, session, message: StepMessage) -> AnswerMessage:
+def done(table: Table, session, message: StepMessage, now: float = 0.0) -> AnswerMessage:
     answer = AnswerMessage(message.key, torch.zeros(message.rows, message.tokens, 4))
-    table.advance(session, message.tokens, answer)
+    table.advance(session, message.tokens, answer, now)
     return answer
 
 
@@ -204,3 +204,24 @@ def test_sessions_are_counted_against_the_limit():
     table.enter(ME, opening(1), now=0.0)
     with pytest.raises(ResourceExhausted, match="1 sessions are open"):
         table.enter(ME, opening(2), now=0.0)
+
+
+def test_a_step_that_took_longer_than_the_lease_does_not_expire_its_own_session():
+    table = Table()
+    session = table.enter(ME, opening(), now=0.0)
+    done(table, session, opening(), now=25.0)
+    assert table.expire(now=25.1) == 0
+
+
+def test_sessions_of_a_client_that_is_gone_are_kept_for_a_short_while():
+    table = Table(lease_s=1000.0, orphan_lease_s=5.0)
+    mine, yours = (table.enter(who, opening(), now=0.0) for who in (ME, YOU))
+    for session in (mine, yours):
+        done(table, session, opening())
+    table.shorten_leases(ME, now=10.0)
+    assert table.expire(now=14.9) == 0
+    table.enter(ME, step(2), now=14.9)
+    assert table.expire(now=15.1) == 0, "it came back"
+    table.shorten_leases(ME, now=20.0)
+    assert table.expire(now=25.1) == 1
+    assert table.find((YOU, 1), 0) is yours

@@ -6,7 +6,7 @@ import pytest
 
 from splitlearn.config import WireLimits
 from splitlearn.errors import MessageError, ModelMismatch, ProtocolMismatch, SplitMismatch
-from splitlearn.vocabulary import Precision
+from splitlearn.vocabulary import CodecId, Precision
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.handshake import (
     ModelIdentity,
@@ -36,7 +36,14 @@ def greet(
 def test_two_sides_of_one_model_agree():
     agreed = agreement(greet())
     assert agreed.checksum
-    assert (agreed.session_tokens, agreed.max_positions, agreed.precision.weights) == (4096, 8192, "float32")
+    assert agreed.max_positions == 8192
+    assert agreed.codecs == {codec.value for codec in CodecId}
+    assert agreed.chunk_bytes == WireLimits().chunk_bytes
+
+
+def test_a_server_without_limits_is_refused():
+    with pytest.raises(MessageError, match="no limits"):
+        agreement(pb.Welcome(protocol=1))
 
 
 def test_another_split_is_named_with_what_to_do():
