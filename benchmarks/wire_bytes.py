@@ -18,7 +18,7 @@ from splitlearn import AutoSplitModelForCausalLM
 PROMPT = 16
 CASES: dict[str, dict[str, Any]] = {
     "float32": {},
-    "float32 weights, bfloat16 wire": {"wire_dtype": "bfloat16"},
+    "float32, codec half": {"codec": "half"},
     "bfloat16": {"dtype": "bfloat16"},
     "float32, no cache": {"use_cache": False},
 }

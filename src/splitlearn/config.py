@@ -18,6 +18,7 @@ from pydantic import (
 from splitlearn.errors import SettingError
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+CodecName = Literal["raw", "half"]
 MIB = 1 << 20
 GIB = 1 << 30
 
@@ -125,8 +126,8 @@ class ServerConfig(Settings):
 class ClientConfig(Settings):
     """What a client is told when it connects."""
 
-    wire_dtype: DTypeName = "auto"
-    """What activations are sent as; "auto" is the dtype of the client's weights."""
+    codec: CodecName = "raw"
+    """How activations are written down: `raw` as they are, `half` float32 ones as bfloat16."""
     connect_s: PositiveFloat = 10.0
     """How long to wait for the server's first word."""
     prefill_s: PositiveFloat = 300.0

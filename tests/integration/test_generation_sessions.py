@@ -165,7 +165,7 @@ def test_a_step_that_the_transport_asks_twice_is_run_once(pair: Pair) -> None:
 
 
 def test_a_bfloat16_wire_halves_the_bytes_and_moves_the_logits_little(folder: Path, pair: Pair) -> None:
-    half = AutoSplitModelForCausalLM.from_pretrained(folder, trunk=pair.server.address, wire_dtype="bfloat16")
+    half = AutoSplitModelForCausalLM.from_pretrained(folder, trunk=pair.server.address, codec="half")
     sent = []
     for model in (pair.split, half):
         traffic = model.trunk.transport.traffic

@@ -10,6 +10,7 @@ import typer
 
 from splitlearn.cli.options import (
     AcceptLabelLeak,
+    Codec,
     MaxNewTokens,
     Model,
     OwnBottomLayers,
@@ -20,7 +21,6 @@ from splitlearn.cli.options import (
     Temperature,
     TopP,
     Trunk,
-    WireDType,
 )
 from splitlearn.errors import SessionLost
 
@@ -39,7 +39,7 @@ def chat(
     top_layers: OwnTopLayers = None,
     accept_label_leak: AcceptLabelLeak = False,
     dtype: OwnDType = "auto",
-    wire_dtype: WireDType = "auto",
+    codec: Codec = "raw",
     device: OwnDevice = "cpu",
 ) -> None:
     """Talk with a model; `/exit` or Ctrl-D ends it.
@@ -60,7 +60,7 @@ def chat(
         accept_label_leak=accept_label_leak,
         dtype=dtype,
         device=device,
-        wire_dtype=wire_dtype,
+        codec=codec,
     )
     with closing(client):
         conversation = Conversation(client, tokenizer, system, how)

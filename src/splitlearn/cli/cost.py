@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from splitlearn.config import CodecName
 from splitlearn.engine.kv_cache import LayerShape
 from splitlearn.engine.runner import measure_layers
 from splitlearn.errors import CheckpointError
@@ -82,7 +83,7 @@ def split_cost(
     work: Work,
     session_tokens: int,
     dtype: str = "auto",
-    wire_dtype: str = "auto",
+    codec: CodecName = "raw",
 ) -> SplitCost:
     """Nothing is loaded: shapes come from the headers, the KV cache's from a trunk without weights.
 
@@ -92,7 +93,7 @@ def split_cost(
     if checkpoint.note is not None:
         raise CheckpointError(f"{checkpoint.source} is a slice and holds one side only: plan the whole model")
     weights = resolve_dtype(dtype, checkpoint)
-    wire = weights if wire_dtype == "auto" else resolve_dtype(wire_dtype, checkpoint)
+    wire = torch.bfloat16 if codec == "half" and weights == torch.float32 else weights
     held = None if dtype == "auto" else weights
     trunk = weightless_trunk(checkpoint, plan)
     return SplitCost(

@@ -11,6 +11,7 @@ import typer
 
 from splitlearn.cli.options import (
     AcceptLabelLeak,
+    Codec,
     MaxNewTokens,
     Model,
     OwnBottomLayers,
@@ -21,7 +22,6 @@ from splitlearn.cli.options import (
     Temperature,
     TopP,
     Trunk,
-    WireDType,
 )
 from splitlearn.cli.sizes import show_bytes
 
@@ -50,7 +50,7 @@ def generate(
     top_layers: OwnTopLayers = None,
     accept_label_leak: AcceptLabelLeak = False,
     dtype: OwnDType = "auto",
-    wire_dtype: WireDType = "auto",
+    codec: Codec = "raw",
     device: OwnDevice = "cpu",
 ) -> None:
     """Generate text: to stdout as it is made, timings and bytes to stderr."""
@@ -69,7 +69,7 @@ def generate(
         accept_label_leak=accept_label_leak,
         dtype=dtype,
         device=device,
-        wire_dtype=wire_dtype,
+        codec=codec,
     )
     with closing(client):
         made = generate_text(

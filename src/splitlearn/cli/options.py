@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from splitlearn.config import ClientConfig, DTypeName, ServerConfig, SessionConfig, Settings
+from splitlearn.config import ClientConfig, CodecName, DTypeName, ServerConfig, SessionConfig, Settings
 
 _ADDRESS = re.compile(r"(\[[^\]]+\]|[^:\s]+):(\d{1,5})")
 
@@ -56,7 +56,7 @@ OwnTopLayers = Annotated[
 ]
 
 OwnDType = Annotated[DTypeName, typer.Option("--dtype", help="Precision of the weights that are here.")]
-WireDType = Annotated[DTypeName, setting(ClientConfig, "wire_dtype")]
+Codec = Annotated[CodecName, setting(ClientConfig, "codec")]
 OwnDevice = Annotated[
     str, typer.Option("--device", help="Where bottom and top run, for example `cpu` or `cuda`.")
 ]

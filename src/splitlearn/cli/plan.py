@@ -19,7 +19,7 @@ from splitlearn.cli.options import (
     setting,
 )
 from splitlearn.cli.sizes import show_bytes
-from splitlearn.config import ClientConfig, DTypeName, ServerConfig, SessionConfig
+from splitlearn.config import ClientConfig, CodecName, DTypeName, ServerConfig, SessionConfig
 
 if TYPE_CHECKING:
     from splitlearn.cli.cost import SplitCost, Work
@@ -34,7 +34,7 @@ def plan(
     top_layers: TopLayers = TOP_LAYERS,
     accept_label_leak: AcceptLabelLeak = False,
     dtype: Annotated[DTypeName, setting(ServerConfig, "dtype")] = "auto",
-    wire_dtype: Annotated[DTypeName, setting(ClientConfig, "wire_dtype")] = "auto",
+    codec: Annotated[CodecName, setting(ClientConfig, "codec")] = "raw",
     session_tokens: Annotated[int, setting(SessionConfig, "session_tokens", min=1)] = SESSION_TOKENS,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of the table.")] = False,
 ) -> None:
@@ -49,7 +49,7 @@ def plan(
     checkpoint = Checkpoint.open(model)
     split = SplitPlan.for_config(checkpoint.config, bottom_layers, top_layers, accept_label_leak)
     work = Work(batch, seq, new_tokens)
-    cost = split_cost(checkpoint, split, work, session_tokens, dtype, wire_dtype)
+    cost = split_cost(checkpoint, split, work, session_tokens, dtype, codec)
     if as_json:
         print(json.dumps({"model": model} | asdict(work) | asdict(cost)))
     else:

@@ -10,12 +10,12 @@ import typer
 from splitlearn.cli.ending import FAILED
 from splitlearn.cli.options import (
     AcceptLabelLeak,
+    Codec,
     Model,
     OwnBottomLayers,
     OwnDType,
     OwnTopLayers,
     Trunk,
-    WireDType,
 )
 from splitlearn.config import ClientConfig
 
@@ -30,7 +30,7 @@ def verify(
     top_layers: OwnTopLayers = None,
     accept_label_leak: AcceptLabelLeak = False,
     dtype: OwnDType = "auto",
-    wire_dtype: WireDType = "auto",
+    codec: Codec = "raw",
 ) -> None:
     """Show that split and whole give the same, on your own model.
 
@@ -51,13 +51,13 @@ def verify(
         top_layers=top_layers,
         accept_label_leak=accept_label_leak,
         dtype=dtype,
-        wire_dtype=wire_dtype,
+        codec=codec,
     )
     with closing(split):
         whole = load_whole(model, dtype)
         facts = describe(trunk, ClientConfig().connect_s)
         weights = (facts.precision.weights, str(split.dtype).removeprefix("torch."))
-        tolerance = tolerance_of({*weights, wire_dtype}, facts.device)
+        tolerance = tolerance_of({*weights, "bfloat16" if codec == "half" else "auto"}, facts.device)
         all_right = print_checks(parity_checks(Pair(split, whole, tolerance), inputs))
     if not all_right:
         raise typer.Exit(FAILED)

@@ -165,9 +165,7 @@ class GrpcTransport:
                 "is it a SplitLearn server? Check host and port"
             ) from None
         if self._codec.value not in agreed.codecs:
-            raise SettingError(
-                f"{self.address} does not know the codec {self._codec.name}: leave wire_dtype out"
-            )
+            raise SettingError(f"{self.address} does not know the codec {self._codec.name}: leave codec out")
         return agreed
 
 

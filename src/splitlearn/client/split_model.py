@@ -20,7 +20,6 @@ from splitlearn.model.plan import SplitPlan
 from splitlearn.model.skeleton import decoder_of
 from splitlearn.model.weights import fingerprint, load_client, resolve_dtype
 from splitlearn.vocabulary import CodecId
-from splitlearn.wire.dtypes import dtype_named
 from splitlearn.wire.frames import FrameFormat
 from splitlearn.wire.handshake import ModelIdentity
 
@@ -63,7 +62,7 @@ class AutoSplitModelForCausalLM:
             device: where bottom and top run.
             attn_implementation: as in the library.
             hub_token, revision: for a private hub repository, or one of its revisions.
-            config: deadlines, wire dtype, limits; `settings` are its fields by name.
+            config: deadlines, codec, limits; `settings` are its fields by name.
 
         Raises:
             TrunkUnreachable, NotATrunk, ProtocolMismatch, ModelMismatch, SplitMismatch: the server is not
@@ -75,7 +74,10 @@ class AutoSplitModelForCausalLM:
         plan = _plan(checkpoint, trunk, bottom_layers, top_layers, accept_label_leak, client_config)
         weights_dtype = resolve_dtype(dtype, checkpoint)
         transport = GrpcTransport(
-            trunk, _identity(checkpoint, plan), client_config, _format(weights_dtype, client_config)
+            trunk,
+            _identity(checkpoint, plan),
+            client_config,
+            FrameFormat(CodecId[client_config.codec.upper()]),
         )
         try:
             return connect(
@@ -178,20 +180,3 @@ def _identity(checkpoint: Checkpoint, plan: SplitPlan) -> ModelIdentity:
     ours = fingerprint(checkpoint, plan)
     sizes = (len(plan.bottom), len(plan.trunk), len(plan.top))
     return ModelIdentity.of(ours.config_hash, ours.weights_hash, *sizes)
-
-
-def _format(weights: torch.dtype, config: ClientConfig) -> FrameFormat:
-    """How activations of this dtype go out when the user wants them in the wire's dtype.
-
-    Raises:
-        SettingError: the wire would be wider than the weights, or in a form that no codec gives.
-    """
-    wire = weights if config.wire_dtype == "auto" else dtype_named(config.wire_dtype)
-    if wire == weights:
-        return FrameFormat(CodecId.RAW)
-    if weights == torch.float32 and wire == torch.bfloat16:
-        return FrameFormat(CodecId.HALF)
-    raise SettingError(
-        f"weights in {weights} cannot be sent as {wire}: use wire_dtype='auto', "
-        "or 'bfloat16' for float32 weights"
-    )

@@ -118,7 +118,7 @@ class StepStream:
         if size > self._max_bytes:
             raise MessageError(
                 f"a message of {size:,} bytes, {self._address} takes {self._max_bytes:,}: "
-                "use fewer rows, a shorter text, or wire_dtype='bfloat16'"
+                "use fewer rows, a shorter text, or codec='half'"
             )
         self._traffic.count(_tensor_bytes(message), size)
         if size <= self._chunk_bytes:

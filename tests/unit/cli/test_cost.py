@@ -52,7 +52,7 @@ def test_another_dtype_changes_what_is_held_and_what_is_sent(folder):
     assert half.trunk.weight_bytes * 2 == stored.trunk.weight_bytes
     assert half.kv.bytes_per_token * 2 == stored.kv.bytes_per_token
     assert half.wire.bytes_per_token * 2 == stored.wire.bytes_per_token
-    narrow = split_cost(checkpoint, plan, work, 128, wire_dtype="bfloat16")
+    narrow = split_cost(checkpoint, plan, work, 128, codec="half")
     assert narrow.trunk == stored.trunk
     assert narrow.wire == half.wire
 
