@@ -1,15 +1,17 @@
 """What does the cache on the server bring, and is it as much as the whole model's own cache brings?
 
 SmolLM2-135M in float32, 100 new tokens, one thread a process. Runs without a cache take minutes each and vary
-little, so they run once; runs with it several times, in turns with the whole model's.
+little, so they run once; runs with it several times, in turns with the whole model's. `--prompts 1024` measures
+that prompt again and keeps what the results file says of the others.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 
-from common import markdown, serving, write
+from common import RESULTS, markdown, serving, write
 from generation import NEW_TOKENS, Models, bundled_model, prompt, require_equal, tokens_per_s
 
 PROMPTS = (16, 128, 512, 1024)
@@ -41,13 +43,20 @@ def measure(models: Models, length: int) -> dict[str, float]:
     return figures
 
 
+def measured_before() -> dict[int, dict[str, float]]:
+    """What an earlier run found at other prompts: all of them together take half an hour."""
+    file = RESULTS / "kv_cache.json"
+    told = json.loads(file.read_text())["figures"]["prompts"] if file.exists() else {}
+    return {int(length): figures for length, figures in told.items()}
+
+
 def main(prompts: tuple[int, ...]) -> None:
     folder = bundled_model()
     with serving(folder) as server:
         models = Models.load(folder, server.address)
         tokens_per_s(models.split, prompt(16), 5)
         tokens_per_s(models.whole, prompt(16), 5)
-        figures = {length: measure(models, length) for length in prompts}
+        figures = measured_before() | {length: measure(models, length) for length in prompts}
         models.split.close()
     rows = [
         (
@@ -58,7 +67,7 @@ def main(prompts: tuple[int, ...]) -> None:
             f"{f['split_gain']:.1f}",
             f"{f['share']:.2f}",
         )
-        for length, f in figures.items()
+        for length, f in sorted(figures.items())
     ]
     header = (
         "prompt", "whole, tokens/s with / without", "split, tokens/s with / without", "whole's gain",

@@ -108,6 +108,8 @@ def _positions_to_send(call: Call, activation_BTD: Tensor, start: int) -> Tensor
     if call.positions_BT is None:
         return None
     rows, tokens = activation_BTD.shape[:2]
+    if call.positions_BT.numel() == 1 and call.positions_BT.item() == start:
+        return None
     positions_BT = call.positions_BT.cpu().expand(rows, tokens)
     goes_on = torch.arange(start, start + tokens).expand(rows, tokens)
     return None if torch.equal(positions_BT, goes_on) else positions_BT

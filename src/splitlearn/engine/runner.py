@@ -51,8 +51,7 @@ class Runner:
         `positions_BT` is None where each row's positions go on from its length; `padded` says
         whether any row has tokens that may not be looked at.
         """
-        self._cache.begin(plan)
-        columns_BT = torch.tensor(plan.lengths)[:, None] + torch.arange(plan.tokens)
+        columns_BT = self._cache.begin(plan)
         visible_BK = self._kv.visible_SL[list(plan.slots), : plan.length] if padded else None
         with self._ready(autocast), self._timed(activation_BTD.device) as clock:
             if plan.ragged:

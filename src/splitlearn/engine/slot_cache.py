@@ -76,11 +76,12 @@ class SlotCache(Cache):
     def __init__(self, kv: KvCache, windows: list[int | None]) -> None:
         super().__init__(layers=[SlotLayer(kv, index, window) for index, window in enumerate(windows)])
 
-    def begin(self, plan: BatchPlan) -> None:
-        """Stand on this plan's rows until the next one."""
+    def begin(self, plan: BatchPlan) -> Tensor:
+        """Stand on this plan's rows until the next one; gives their new tokens' columns (B, T)."""
         batch = _Batch(plan)
         for layer in self.layers:
             layer.begin(batch)
+        return batch.columns_BT
 
 
 class _Batch:
@@ -91,7 +92,7 @@ class _Batch:
         first = plan.slots[0]
         self._rows = slice(first, first + len(plan.slots)) if plan.contiguous else None
         self._slots_B = torch.tensor(plan.slots)
-        self._columns_BT = torch.tensor(plan.lengths)[:, None] + torch.arange(plan.tokens)
+        self.columns_BT = torch.tensor(plan.lengths)[:, None] + torch.arange(plan.tokens)
 
     def write(self, layer_SHLE: Tensor, new_BHTE: Tensor) -> None:
         plan = self.plan
@@ -99,7 +100,7 @@ class _Batch:
             layer_SHLE[self._rows, :, plan.lengths[0] : plan.length].copy_(new_BHTE)
         else:
             self._to(layer_SHLE.device)
-            layer_SHLE[self._slots_B[:, None], :, self._columns_BT] = new_BHTE.transpose(1, 2)
+            layer_SHLE[self._slots_B[:, None], :, self.columns_BT] = new_BHTE.transpose(1, 2)
 
     def read(self, layer_SHLE: Tensor, start: int) -> Tensor:
         columns_SHKE = layer_SHLE[:, :, start : self.plan.length]
@@ -116,4 +117,4 @@ class _Batch:
     def _to(self, device: torch.device) -> None:
         if self._slots_B.device != device:
             self._slots_B = self._slots_B.to(device)
-            self._columns_BT = self._columns_BT.to(device)
+            self.columns_BT = self.columns_BT.to(device)

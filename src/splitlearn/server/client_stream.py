@@ -28,6 +28,7 @@ from splitlearn.wire.steps import answer_to_proto, close_from_proto, fork_from_p
 
 log = structlog.get_logger("splitlearn.server")
 HELLO_S = 10.0
+QUICK_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,11 +172,16 @@ class ClientStream:
 
     def _send(self, done: Future[AnswerMessage], format: FrameFormat, key: pb.StepKey) -> None:
         """On the engine's thread: hand over at once."""
+        answer = done.result()
 
         def encode() -> list[pb.ServerMessage]:
-            return self._in_pieces(pb.ServerMessage(answer=_encoded(done.result(), format)))
+            return self._in_pieces(pb.ServerMessage(answer=_encoded(answer, format)))
 
-        self._hall.egress.do(lambda: self._hand_over(_or_failed(encode, key)))
+        if _is_quick(answer):
+            # Encoded where it is sent: waking one more thread would take longer.
+            self._call(lambda: self._deliver(_or_failed(encode, key)))
+        else:
+            self._hall.egress.do(lambda: self._hand_over(_or_failed(encode, key)))
 
     def _fork(self, proto: pb.ForkSession) -> None:
         try:
@@ -192,8 +198,12 @@ class ClientStream:
         return [pb.ServerMessage(chunk=piece) for piece in pieces]
 
     def _hand_over(self, messages: list[pb.ServerMessage]) -> None:
+        self._call(lambda: self._deliver(messages))
+
+    def _call(self, work: Callable[[], None]) -> None:
+        """On the event loop's thread, from any other."""
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._deliver, messages)
+            self._loop.call_soon_threadsafe(work)
 
     def _deliver(self, messages: list[pb.ServerMessage]) -> None:
         for message in messages:
@@ -220,6 +230,12 @@ class _Outgoing:
     message: pb.ServerMessage
     is_last: bool
     """Whether an answer is complete with it."""
+
+
+def _is_quick(answer: AnswerMessage) -> bool:
+    """Whether there is no copy from a device to wait for, and little to write down."""
+    activation_BTD = answer.activation_BTD
+    return activation_BTD is None or (activation_BTD.is_cpu and activation_BTD.nbytes <= QUICK_BYTES)
 
 
 def _encoded(answer: AnswerMessage, format: FrameFormat) -> pb.Answer:

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from splitlearn.errors import FrameError
 
+CARRIERS = {torch.bfloat16: torch.int16}
+"""What stands in for a dtype that numpy does not have; the bits are the same."""
+
 
 class RawCodec:
     """Loses nothing: what is decoded equals what was encoded bit for bit."""
@@ -15,7 +18,8 @@ class RawCodec:
         return elements * kind.itemsize
 
     def encode(self, tensor: Tensor) -> bytes:
-        return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        carrier = CARRIERS.get(tensor.dtype)
+        return (tensor if carrier is None else tensor.view(carrier)).numpy().tobytes()
 
     def decode(self, data: bytes, kind: torch.dtype) -> Tensor:
         if not data:
