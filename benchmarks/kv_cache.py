@@ -1,8 +1,8 @@
 """What does the cache on the server bring, and is it as much as the whole model's own cache brings?
 
 SmolLM2-135M in float32, 100 new tokens, one thread a process. Runs without a cache take minutes each and vary
-little, so they run once; runs with it several times, in turns with the whole model's. `--prompts 1024` measures
-that prompt again and keeps what the results file says of the others.
+little, so they run once; runs with it several times, in turns with the whole model's. `--prompts 1024`
+measures that prompt again and keeps what the results file says of the others.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import argparse
 import json
 import statistics
 
-from common import RESULTS, markdown, serving, write
-from generation import NEW_TOKENS, Models, bundled_model, prompt, require_equal, tokens_per_s
+from _common import RESULTS, markdown, serving, write
+from _generation import NEW_TOKENS, Models, bundled_model, prompt, require_equal, tokens_per_s
 
 PROMPTS = (16, 128, 512, 1024)
 REPEATS = 3

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import ONE_THREAD, markdown, peak_memory_mb, write
+from _common import ONE_THREAD, markdown, peak_memory_mb, write
 
 ALLOWED_MB = 600
 SHAPE = {

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from common import markdown, write
+from _common import markdown, write
 from transformers.utils import logging
 
 from splitlearn.testing.pair import lively_model, served_pair

@@ -1,19 +1,27 @@
 """Where does a decode step's time go beside the trunk's own work?
 
 One row of 8 KB (hidden size 2048, float32) through a tiny trunk, client and server as two processes with one
-thread each. Wall time is RemoteTrunk's; what the server reports as device time is taken off.
+thread each. Wall time is RemoteTrunk's; what the server reports as device time is taken off. Beside it, in
+the same run: 8 KB there and back over a bare gRPC stream (no messages of ours, no tensors), at once one after
+another, and with a pause between, in which the threads fall asleep as they do in a decode loop.
 """
 
 from __future__ import annotations
 
+import asyncio
+import multiprocessing
+import queue
 import statistics
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import grpc
 import torch
-from common import markdown, serving, write
+from _common import markdown, serving, write
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from splitlearn import AutoSplitModelForCausalLM
@@ -21,6 +29,7 @@ from splitlearn.client import grpc_transport
 from splitlearn.client.remote_trunk import RemoteTrunk
 
 STEPS, WARM_UP = 2000, 200
+PAUSE_S = 0.003
 WANTED_MS = 1.0
 SHAPE = {
     "vocab_size": 64,
@@ -79,15 +88,59 @@ def run(folder: Path, address: str) -> dict[str, float]:
     return parts
 
 
+def echo(port: multiprocessing.Queue) -> None:
+    """A server that gives back what it gets."""
+
+    async def serve() -> None:
+        async def bidi(requests: Any, context: Any) -> Any:
+            async for request in requests:
+                yield request
+
+        server = grpc.aio.server()
+        handler = grpc.stream_stream_rpc_method_handler(bidi)
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("Echo", {"Bidi": handler}),))
+        port.put(server.add_insecure_port("127.0.0.1:0"))
+        await server.start()
+        await server.wait_for_termination()
+
+    asyncio.run(serve())
+
+
+def bare_stream(pauses_s: Sequence[float]) -> list[float]:
+    """Median microseconds of a round trip for each pause between two."""
+    context = multiprocessing.get_context("spawn")
+    port, medians = context.Queue(), []
+    server = context.Process(target=echo, args=(port,), daemon=True)
+    server.start()
+    with grpc.insecure_channel(f"127.0.0.1:{port.get(timeout=60)}") as channel:
+        requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        call = channel.stream_stream("/Echo/Bidi")(iter(requests.get, None))
+        for pause_s in pauses_s:
+            times = []
+            for _ in range(STEPS // 2):
+                time.sleep(pause_s)
+                started = time.perf_counter()
+                requests.put(bytes(8192))
+                next(call)
+                times.append((time.perf_counter() - started) * 1e6)
+            medians.append(statistics.median(times[WARM_UP:]))
+    server.terminate()
+    return medians
+
+
 def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(folder)
         with serving(Path(folder)) as server:
             parts = run(Path(folder), server.address)
+    at_once, paused = bare_stream([0, PAUSE_S])
+    parts["bare stream, at once"] = at_once
+    parts["bare stream, with a pause"] = paused
     order = (
         "wall", "device", "wall less device", "client encodes", "server waits for its turn", "server encodes",
-        "client decodes", "gRPC, threads and the rest", "p99 of wall less device",
+        "client decodes", "gRPC, threads and the rest", "p99 of wall less device", "bare stream, at once",
+        "bare stream, with a pause",
     )  # fmt: skip
     rows = [(name, f"{parts[name] / 1000:.3f}") for name in order]
     header = ("part of a decode step of 8 KB", f"median, ms (wanted: wall less device <= {WANTED_MS:.1f})")

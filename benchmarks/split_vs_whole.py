@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import statistics
 
-from common import markdown, median_ratio, serving, write
-from generation import Models, bundled_model, prompt, require_equal, tokens_per_s
+from _common import markdown, median_ratio, serving, write
+from _generation import Models, bundled_model, prompt, require_equal, tokens_per_s
 
 PROMPTS = (16, 256)
 PAIRS = 7

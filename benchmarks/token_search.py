@@ -9,8 +9,8 @@ noise of a share of each channel's standard deviation (which costs the model qua
 from __future__ import annotations
 
 import torch
-from common import markdown, write
-from generation import bundled_model
+from _common import markdown, write
+from _generation import bundled_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 

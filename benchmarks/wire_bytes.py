@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from common import markdown, serving, write
-from generation import NEW_TOKENS, bundled_model, prompt, tokens_per_s
+from _common import markdown, serving, write
+from _generation import NEW_TOKENS, bundled_model, prompt, tokens_per_s
 
 from splitlearn import AutoSplitModelForCausalLM
 
