@@ -143,8 +143,7 @@ def steps_of(model: PreTrainedModel, ids_BT: Tensor) -> Iterator[Tensor]:
     """The logits of one token after another, each when it is asked for."""
     cache = DynamicCache(config=model.config)
     for token_B1 in ids_BT.split(1, dim=1):
-        with torch.no_grad():
-            yield model(token_B1, past_key_values=cache, use_cache=True).logits
+        yield read(model, cache, token_B1)
 
 
 def test_two_texts_stepped_by_turns_do_not_disturb_each_other(pair: Pair) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from splitlearn import AutoSplitModelForCausalLM
+from splitlearn import AutoSplitModelForCausalLM, TrunkServer
 from splitlearn.cli.trunk_process import TrunkProcess
 from splitlearn.client import grpc_transport
 from splitlearn.errors import (
@@ -410,3 +410,23 @@ def test_a_server_that_stops_lets_a_running_text_finish(folder: Path) -> None:
         assert not stopping.is_alive()
         with pytest.raises(TrunkUnreachable):
             write_on_a_thread(pair.split)
+
+
+def test_a_server_that_came_back_is_used_again_and_old_caches_are_told_that_they_are_lost(
+    folder: Path,
+) -> None:
+    with served_pair(folder) as pair:
+        cache = filled(pair.split)
+        port = int(pair.server.address.rpartition(":")[2])
+        pair.server.stop()
+        with TrunkServer(folder, port=port, device="cpu", sessions={"session_tokens": 96}):
+            with pytest.raises((TrunkUnreachable, SessionLost)):
+                read(pair.split, IDS[:, :1], cache)
+            with pytest.raises(UnsupportedCall, match="torn"):
+                read(pair.split, IDS[:, :1], cache)
+            assert still_right(pair)
+            other = filled(pair.split)
+            del cache
+            assert torch.equal(
+                read(pair.split, IDS[:, :1], other), read(pair.whole, IDS[:, :1], filled(pair.whole))
+            )
