@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any, NoReturn
@@ -102,6 +103,7 @@ def connect(
     model = load_client(
         checkpoint, plan, lambda: remote, dtype=dtype, device=device, attn_implementation=attn_implementation
     )
+    _warn_of_other_attention(model.config._attn_implementation, transport.agreement.attention)
     max_positions = transport.agreement.max_positions or None
     remote.listen_to(watch(decoder_of(model), model.config, max_positions))
     model.__class__ = _split_class(type(model))
@@ -137,6 +139,16 @@ class SplitModel:
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         raise UnsupportedCall("DataParallel would copy the connection: run one process a device instead")
+
+
+def _warn_of_other_attention(here: str, there: str) -> None:
+    """Versions of the library choose differently for some families, and sdpa leaves soft caps out."""
+    if here != there:
+        warnings.warn(
+            f"the trunk attends with {there}, this side with {here}: the text may differ from the whole "
+            f"model's. Give attn_implementation={there!r} here, or start the server with --attention {here}",
+            stacklevel=3,
+        )
 
 
 def _split_class(cut_class: type[PreTrainedModel]) -> type[PreTrainedModel]:

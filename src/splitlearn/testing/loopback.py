@@ -41,6 +41,7 @@ class LoopbackTransport:
             max_message_bytes=limits.max_message_bytes,
             chunk_bytes=limits.chunk_bytes,
             max_positions=engine.trunk.max_positions or 0,
+            attention=engine.trunk.attention,
         )
         self._engine = engine
         self._client = secrets.token_bytes(CLIENT_ID_BYTES)

@@ -47,6 +47,8 @@ class Agreement:
     max_message_bytes: int
     chunk_bytes: int
     max_positions: int
+    attention: str
+    """What the trunk's layers attend with; the client's should be the same."""
 
 
 def hello(identity: ModelIdentity, client: bytes, precision: Precision, *, checksum: bool) -> pb.Hello:
@@ -95,6 +97,7 @@ def welcome(
         precision=precision_to_proto(facts.precision),
         limits=limits_to_proto(facts, limits, answer_window),
         software=f"splitlearn/{__version__}",
+        attention=facts.attention,
     )
 
 
@@ -114,6 +117,7 @@ def agreement(answer: pb.Welcome) -> Agreement:
         max_message_bytes=limits.max_message_bytes,
         chunk_bytes=limits.chunk_bytes,
         max_positions=limits.max_positions,
+        attention=answer.attention,
     )
 
 

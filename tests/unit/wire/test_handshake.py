@@ -20,7 +20,11 @@ from splitlearn.wire.messages import TrunkFacts
 
 OURS = ModelIdentity.of("ab" * 16, "cd" * 16, 2, 26, 2)
 FACTS = TrunkFacts(
-    session_tokens=4096, max_positions=8192, precision=Precision(weights="float32"), lease_s=600
+    attention="sdpa",
+    session_tokens=4096,
+    max_positions=8192,
+    precision=Precision(weights="float32"),
+    lease_s=600,
 )
 
 
@@ -36,7 +40,7 @@ def greet(
 def test_two_sides_of_one_model_agree():
     agreed = agreement(greet())
     assert agreed.checksum
-    assert agreed.max_positions == 8192
+    assert (agreed.max_positions, agreed.attention) == (8192, "sdpa")
     assert agreed.codecs == {codec.value for codec in CodecId}
     assert agreed.chunk_bytes == WireLimits().chunk_bytes
 

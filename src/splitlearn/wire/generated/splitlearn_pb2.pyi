@@ -384,7 +384,7 @@ class Hello(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., client: _Optional[bytes] = ..., codecs: _Optional[_Iterable[_Union[Codec, str]]] = ..., checksums: _Optional[_Iterable[_Union[ChecksumKind, str]]] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ..., software: _Optional[str] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("protocol", "features", "fingerprint", "codecs", "checksum", "precision", "limits", "software")
+    __slots__ = ("protocol", "features", "fingerprint", "codecs", "checksum", "precision", "limits", "software", "attention")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -393,6 +393,7 @@ class Welcome(_message.Message):
     PRECISION_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     features: _containers.RepeatedScalarFieldContainer[str]
     fingerprint: Fingerprint
@@ -401,7 +402,8 @@ class Welcome(_message.Message):
     precision: Precision
     limits: Limits
     software: str
-    def __init__(self, protocol: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., codecs: _Optional[_Iterable[_Union[Codec, str]]] = ..., checksum: _Optional[_Union[ChecksumKind, str]] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., software: _Optional[str] = ...) -> None: ...
+    attention: str
+    def __init__(self, protocol: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., codecs: _Optional[_Iterable[_Union[Codec, str]]] = ..., checksum: _Optional[_Union[ChecksumKind, str]] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., software: _Optional[str] = ..., attention: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_message_bytes", "chunk_bytes", "max_rows", "max_tokens", "session_tokens", "max_positions", "lease_s", "answer_window")
