@@ -12,7 +12,7 @@ from _common import markdown, median_ratio, serving, write
 from _generation import Models, bundled_model, prompt, require_equal, tokens_per_s
 
 PROMPTS = (16, 256)
-PAIRS = 5
+PAIRS = 4
 WANTED = 0.90
 
 
