@@ -292,10 +292,15 @@ class Engine:
             raise TrunkDraining("the server is stopping and opens no new session: try another, or later")
 
     def _refuse_the_rest(self) -> None:
-        waiting = [item for item in self._queue.take() if isinstance(item, Step)]
-        for step in [*waiting, *(member.step for member in self._ready)]:
-            step.fail(_stopped())
+        for member in self._ready:
+            member.step.fail(_stopped())
         self._ready.clear()
+        for item in self._queue.take():
+            if isinstance(item, Step):
+                item.fail(_stopped())
+            else:
+                # A request answers its own future, with an error if need be.
+                item()
 
     def _ask(self, work: Callable[[], Result]) -> Future[Result]:
         future: Future[Result] = Future()

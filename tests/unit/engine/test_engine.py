@@ -237,7 +237,10 @@ def test_a_stopped_engine_answers_what_still_waits(trunk):
     engine = Engine(trunk, BatchingConfig(), SessionConfig(kv_budget_bytes=1 << 20, session_tokens=64))
     engine._stopping.set()
     waiting = engine.submit(ME, step(1, tokens(4)))
+    forking = engine.fork(ME, ForkMessage(1, 2))
     engine.start()
+    with pytest.raises(SessionLost):
+        forking.result(WAIT_S)
     with pytest.raises(TrunkDraining):
         result(waiting)
 
