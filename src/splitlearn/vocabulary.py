@@ -37,12 +37,15 @@ class CodecId(Enum):
     HALF = 1
 
 
+AUTOCASTS = ("bfloat16", "float16")
+
+
 @dataclass(frozen=True, slots=True)
 class Precision:
     """Three settings that never imply one another; each is a dtype's name ("float32", "bfloat16", "float16").
 
     `weights` is the trunk's dtype (and its KV cache's), `autocast` what matrix products run in
-    ("" is off), `wire` what activations are sent as.
+    (one of `AUTOCASTS`; "" is off), `wire` what activations are sent as.
     """
 
     weights: str = ""

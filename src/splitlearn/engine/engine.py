@@ -36,7 +36,7 @@ from splitlearn.errors import (
     TrunkFailed,
 )
 from splitlearn.model.segments import TrunkSegment
-from splitlearn.vocabulary import Phase, Timings
+from splitlearn.vocabulary import AUTOCASTS, Phase, Precision, Timings
 from splitlearn.wire.dtypes import dtype_name
 from splitlearn.wire.messages import AnswerMessage, CloseMessage, ForkMessage, StepMessage
 
@@ -262,9 +262,11 @@ class Engine:
 
     def _fail(self, member: ReadyStep, error: Exception) -> None:
         """The session's slots may be half written: it is lost, and its client told so."""
-        member.step.fail(_explained(error))
-        if member.session is not None:
-            self._sessions.drop(member.session)
+        try:
+            if member.session is not None:
+                self._sessions.drop(member.session)
+        finally:
+            member.step.fail(_explained(error))
 
     def _give_up(self, member: ReadyStep) -> None:
         """The step is not run; a session that it was to open is not kept for a client that left."""
@@ -280,12 +282,16 @@ class Engine:
             raise NotServed("this server generates; it does not train yet")
         if message.open is not None:
             self._refuse_when_draining()
-            self._check_precision(message.open.precision.weights)
+            self._check_precision(message.open.precision)
 
-    def _check_precision(self, weights: str) -> None:
+    def _check_precision(self, wanted: Precision) -> None:
         held = dtype_name(self.trunk.dtype)
-        if weights not in ("", held):
-            raise SettingError(f"the session wants weights in {weights}, this trunk holds {held}")
+        if wanted.weights not in ("", held):
+            raise SettingError(f"the session wants weights in {wanted.weights}, this trunk holds {held}")
+        if wanted.autocast not in ("", *AUTOCASTS):
+            raise SettingError(
+                f"the session wants autocast to {wanted.autocast}: it is {' or '.join(AUTOCASTS)}, or left out"
+            )
 
     def _refuse_when_draining(self) -> None:
         if self._draining.is_set():

@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 from splitlearn.model.families import Family, family_of
 from splitlearn.model.masks import FORMS, with_slot_masks
 from splitlearn.model.plan import SplitPlan
+from splitlearn.model.rotary import guard_recomputed_rotary
 from splitlearn.model.skeleton import (
     around_the_layers,
     check_plan_fits,
@@ -64,6 +65,7 @@ def _stand_in_for_trunk(causal_lm: nn.Module, plan: SplitPlan, remote: nn.Module
     layers[first] = RemoteLayer(layers[first], form, remote)
     for index in others:
         layers[index] = PassedLayer(layers[index], form)
+    guard_recomputed_rotary(causal_lm)
 
 
 # ---------------------------------------------------------------- the server's side
