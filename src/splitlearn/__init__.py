@@ -6,13 +6,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from splitlearn.client.split_model import AutoSplitModelForCausalLM
     from splitlearn.server.trunk_server import TrunkServer
+    from splitlearn.training.trainer import SplitTrainer, SplitTrainerMixin
 
 __version__ = "0.1.0"
-__all__ = ["AutoSplitModelForCausalLM", "TrunkServer", "__version__"]
+__all__ = [
+    "AutoSplitModelForCausalLM",
+    "SplitTrainer",
+    "SplitTrainerMixin",
+    "TrunkServer",
+    "__version__",
+]
 
 # Loaded when first asked for, so that `import splitlearn` and `splitlearn --help` need no torch.
 _HOMES = {
     "AutoSplitModelForCausalLM": "splitlearn.client.split_model",
+    "SplitTrainer": "splitlearn.training.trainer",
+    "SplitTrainerMixin": "splitlearn.training.trainer",
     "TrunkServer": "splitlearn.server.trunk_server",
 }
 

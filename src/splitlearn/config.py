@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -21,6 +23,11 @@ DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 CodecName = Literal["raw", "half"]
 MIB = 1 << 20
 GIB = 1 << 30
+
+
+def _state_dir() -> Path:
+    """The user's, by the XDG convention."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "splitlearn"
 
 
 class Settings(BaseModel):
@@ -74,6 +81,21 @@ class SessionConfig(Settings):
     """Memory for kept answers over all sessions; the oldest go first."""
 
 
+class RunConfig(Settings):
+    """What training runs may hold on the trunk, and for how long."""
+
+    tape_budget_bytes: PositiveInt = 8 * GIB
+    """Memory for what forwards keep until their gradients come; over it, the oldest are forwarded again."""
+    tape_lease_s: PositiveFloat = 600.0
+    """How long a forward waits for its gradient before what it kept is let go."""
+    staleness_limit: NonNegativeInt = 1
+    """Optimizer steps that may lie between a forward and its backward; older gradients are refused."""
+    max_runs: PositiveInt = 64
+    """Runs that may be open at once, over all clients."""
+    max_checkpoints: PositiveInt = 100
+    """Checkpoints that one run may have on disk."""
+
+
 class WireLimits(Settings):
     """What a message may be; checked before anything is allocated for it."""
 
@@ -108,6 +130,8 @@ class ServerConfig(Settings):
     """Precision of weights and KV cache; "auto" keeps the checkpoint's."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention implementation; "auto" takes the library's choice for this family."""
+    state_dir: Path = Field(default_factory=_state_dir)
+    """Where training runs are saved, in a folder per model; made when the first is."""
     threads: NonNegativeInt = 0
     """CPU threads for the trunk's computation; 0 leaves torch's default."""
     drain_s: PositiveFloat = 30.0
@@ -120,6 +144,7 @@ class ServerConfig(Settings):
     """Steps of one stream that may wait for their answers; further ones are not read meanwhile."""
     batching: BatchingConfig = BatchingConfig()
     sessions: SessionConfig = SessionConfig()
+    runs: RunConfig = RunConfig()
     limits: WireLimits = WireLimits()
 
 
@@ -134,6 +159,8 @@ class ClientConfig(Settings):
     """Deadline of a step with more than `decode_tokens` tokens."""
     decode_s: PositiveFloat = 60.0
     """Deadline of a step with few tokens."""
+    train_s: PositiveFloat = 600.0
+    """Deadline of a training step, and of a call about a run."""
     checksum: bool = True
     """Check every tensor with xxh3; left out only if the server does without, too."""
     decode_tokens: PositiveInt = 64

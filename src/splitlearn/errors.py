@@ -105,6 +105,31 @@ class MessageError(SplitLearnError):
     """A message's fields contradict each other or the session's state."""
 
 
+# Runs.
+
+
+class RunLost(SplitLearnError):
+    """The server does not have this run, or another incarnation of its client has taken it over."""
+
+
+class TapeExpired(SplitLearnError):
+    """What a forward kept for its gradient is gone: forward again (the client does so by itself)."""
+
+    retryable = True
+
+
+class StaleGradient(SplitLearnError):
+    """The adapter has moved on since this gradient's forward: it is refused, and that batch with it."""
+
+
+class UnappliedGradients(SplitLearnError):
+    """The trunk holds gradients that no optimizer step has used: it would silently not be trained."""
+
+
+class RunRolledBack(SplitLearnError):
+    """The two sides' newest checkpoints differ: both went back to `facts["step"]`, go on from there."""
+
+
 # Steps, sessions, limits.
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -84,3 +85,59 @@ class Versions:
 
     adapter: str = ""
     version: int = field(default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """The part of PEFT's LoraConfig that may cross the wire; `r` of 0 is a trunk that is not trained."""
+
+    r: int = 8
+    alpha: float = 8.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ()
+    exclude_modules: tuple[str, ...] = ()
+    use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerSettings:
+    """torch's optimizer by the name that `TrainingArguments(optim=...)` has for it, and its constants.
+
+    The learning rate is that of the first step; each step may bring another one.
+    """
+
+    name: str = "adamw_torch_fused"
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    momentum: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TapeSettings:
+    """What the trunk keeps of a forward until its gradient comes back.
+
+    `recompute` keeps the input alone and runs forward again; `checkpoint_every=n` keeps no inner
+    results of every n-th layer and recomputes those (0: of none).
+    """
+
+    recompute: bool = False
+    checkpoint_every: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """What a run is opened with; later members join what is there."""
+
+    lora: LoraSettings = LoraSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    tape: TapeSettings = TapeSettings()
+    precision: Precision = Precision()
+    seed: int = 0
+    accumulation: int = 1
+    allow_download: bool = True

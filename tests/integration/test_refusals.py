@@ -22,7 +22,6 @@ from splitlearn.client import grpc_transport
 from splitlearn.errors import (
     CorruptFrame,
     KvBudgetExceeded,
-    NotServed,
     ResourceExhausted,
     SessionExpired,
     SessionLost,
@@ -201,8 +200,8 @@ def test_what_is_nearly_the_same_is_not_refused(pair: Pair) -> None:
         assert torch.equal(*logits)
 
 
-def test_a_gradient_is_not_served_and_says_so(pair: Pair) -> None:
-    with pytest.raises(NotServed, match="does not train"):
+def test_a_gradient_of_a_model_loaded_to_generate_is_refused(pair: Pair) -> None:
+    with pytest.raises(UnsupportedCall, match="lora="):
         pair.split(IDS, labels=IDS).loss.backward()
     assert still_right(pair)
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import secrets
 import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import grpc
+from torch import Tensor
 
 from splitlearn.client.grpc_errors import error_of
 from splitlearn.client.step_stream import StepStream
 from splitlearn.client.transport import Traffic
 from splitlearn.config import ClientConfig
 from splitlearn.errors import CorruptFrame, SettingError, StepTimeout, TrunkUnreachable
-from splitlearn.vocabulary import Precision
+from splitlearn.vocabulary import Phase, Precision, StepKey
 from splitlearn.wire.frames import FrameFormat
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.generated import splitlearn_pb2_grpc as rpc
@@ -24,13 +27,25 @@ from splitlearn.wire.handshake import (
     facts_from_proto,
     hello,
 )
-from splitlearn.wire.messages import AnswerMessage, CloseMessage, ForkMessage, StepMessage, TrunkFacts
+from splitlearn.wire.messages import (
+    AnswerMessage,
+    CloseMessage,
+    ForkMessage,
+    OpenRun,
+    RunFacts,
+    RunStepMessage,
+    StepMessage,
+    TrunkFacts,
+)
+from splitlearn.wire.runs import facts_from_proto as run_facts_from_proto
+from splitlearn.wire.runs import open_run_to_proto
 from splitlearn.wire.status import error_from_proto
-from splitlearn.wire.steps import answer_from_proto, fork_to_proto, step_to_proto
+from splitlearn.wire.steps import answer_from_proto, fork_to_proto, run_step_to_proto, step_to_proto
 
 SMALL, BULK = "small", "bulk"
 BULK_BYTES = 256 << 10
 ASK_AGAIN = 2
+Answered = TypeVar("Answered")
 
 
 def describe(address: str, timeout_s: float) -> TrunkFacts:
@@ -84,13 +99,36 @@ class GrpcTransport:
 
         A session's step is not run again for that: the server kept its answer.
         """
-        for attempts_left in reversed(range(ASK_AGAIN + 1)):
-            try:
-                return self._ask(message)
-            except CorruptFrame:
-                if not attempts_left:
-                    raise
-        raise AssertionError("the last attempt returns or raises")
+        decoded = _unless_corrupt(lambda: self._ask(message))
+        if message.open is not None:
+            self._sessions.add(message.key.session)
+        return decoded
+
+    def run_step(self, message: RunStepMessage) -> AnswerMessage:
+        """A run's answer, asked for again where its frame arrived corrupt: the server does a step once."""
+        return _unless_corrupt(lambda: self._ask_run(message))
+
+    def open_run(self, asked: OpenRun) -> RunFacts:
+        request = open_run_to_proto(asked, self._client)
+        return run_facts_from_proto(self._call("OpenRun", request))
+
+    def join_run(self, name: str) -> RunFacts:
+        request = pb.JoinRunRequest(name=name, client=self._client)
+        return run_facts_from_proto(self._call("JoinRun", request))
+
+    def run_facts(self, name: str) -> RunFacts:
+        request = pb.RunRequest(name=name, client=self._client)
+        return run_facts_from_proto(self._call("GetRun", request))
+
+    def save_run(self, name: str, step: int, acknowledged_step: int) -> RunFacts:
+        request = pb.SaveRunRequest(
+            name=name, client=self._client, step=step, acknowledged_step=acknowledged_step
+        )
+        return run_facts_from_proto(self._call("SaveRun", request))
+
+    def restore_run(self, name: str, step: int) -> RunFacts:
+        request = pb.RestoreRunRequest(name=name, client=self._client, step=step)
+        return run_facts_from_proto(self._call("RestoreRun", request))
 
     def fork(self, message: ForkMessage) -> None:
         forked = self._stream(SMALL).fork(fork_to_proto(message), self._config.decode_s)
@@ -120,16 +158,42 @@ class GrpcTransport:
             stream.close(wait=wait)
 
     def _ask(self, message: StepMessage) -> AnswerMessage:
-        proto = step_to_proto(message, FrameFormat(self._codec, self.agreement.checksum))
+        proto = step_to_proto(message, self._format)
+        return self._exchange(proto, message.key, message.deadline_s, message.activation_BTD)
+
+    def _ask_run(self, message: RunStepMessage) -> AnswerMessage:
+        proto = run_step_to_proto(message, self._format)
+        due = message.tensor_BTD
+        if message.key.phase is Phase.BACKWARD and not message.want_input_gradient:
+            due = None
+        return self._exchange(proto, message.key, message.deadline_s, due)
+
+    def _exchange(
+        self, proto: pb.Step, key: StepKey, deadline_s: float, like_BTD: Tensor | None
+    ) -> AnswerMessage:
+        """The answer, whose tensor must have the shape of `like_BTD`; raises the server's error."""
         stream = self._stream(SMALL if len(proto.activation.data) < BULK_BYTES else BULK)
-        answer = stream.step(message.key, proto, message.deadline_s)
-        shape = (message.rows, message.tokens, message.activation_BTD.shape[2])
+        answer = stream.step(key, proto, deadline_s)
+        shape = None
+        if like_BTD is not None:
+            rows, tokens, hidden_size = like_BTD.shape
+            shape = (rows, tokens, hidden_size)
         decoded = answer_from_proto(answer, shape, checksum=self.agreement.checksum)
         if decoded.error is not None:
             raise decoded.error
-        if message.open is not None:
-            self._sessions.add(message.key.session)
         return decoded
+
+    def _call(self, name: str, request: Any) -> Any:
+        """A unary call, on a connection of its own: they are rare."""
+        with _channel(self.address, self._config) as channel:
+            try:
+                return getattr(rpc.TrunkStub(channel), name)(request, timeout=self._config.train_s)
+            except grpc.RpcError as error:
+                raise error_of(error, self.address) from None
+
+    @property
+    def _format(self) -> FrameFormat:
+        return FrameFormat(self._codec, self.agreement.checksum)
 
     def _stream(self, name: str) -> StepStream:
         """The connection of this name, made at its first use and again where it broke."""
@@ -167,6 +231,16 @@ class GrpcTransport:
         if self._codec.value not in agreed.codecs:
             raise SettingError(f"{self.address} does not know the codec {self._codec.name}: leave codec out")
         return agreed
+
+
+def _unless_corrupt(ask: Callable[[], Answered]) -> Answered:
+    for attempts_left in reversed(range(ASK_AGAIN + 1)):
+        try:
+            return ask()
+        except CorruptFrame:
+            if not attempts_left:
+                raise
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _channel(address: str, config: ClientConfig) -> grpc.Channel:

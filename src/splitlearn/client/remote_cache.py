@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from splitlearn.client.session import ClientSession
 from splitlearn.client.transport import Transport
 from splitlearn.errors import UnsupportedCall
+from splitlearn.wire.messages import OpenSession
 
 
 class RemoteCacheLayer(CacheLayerMixin):
@@ -24,11 +25,14 @@ class RemoteCacheLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, transport: Transport, session: ClientSession | None = None) -> None:
+    def __init__(
+        self, transport: Transport, opening: OpenSession, session: ClientSession | None = None
+    ) -> None:
         super().__init__()
         self.is_initialized = True
         self._transport = transport
-        self.session = session or ClientSession(transport)
+        self._opening = opening
+        self.session = session or ClientSession(transport, opening)
 
     def get_seq_length(self, *args: Any) -> int:
         return self.session.length
@@ -59,7 +63,7 @@ class RemoteCacheLayer(CacheLayerMixin):
         """The trunk keeps all that it was given: any crop is possible at any time."""
 
     def reset(self) -> None:
-        self.session = ClientSession(self._transport)
+        self.session = ClientSession(self._transport, self._opening)
 
     def offload(self) -> None:
         """Nothing of the trunk's cache is here."""
@@ -77,7 +81,7 @@ class RemoteCacheLayer(CacheLayerMixin):
         raise AssertionError("the trunk's keys and values never come here")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteCacheLayer:
-        return RemoteCacheLayer(self._transport, self.session.fork())
+        return RemoteCacheLayer(self._transport, self._opening, self.session.fork())
 
 
 class InertLayer(RemoteCacheLayer):
@@ -102,8 +106,10 @@ class InertLayer(RemoteCacheLayer):
         return InertLayer(memo[id(self._remote)])
 
 
-def session_of(cache: Cache, trunk: range, transport: Transport) -> ClientSession:
-    """The session in this cache, put there at the cache's first use.
+def session_of(
+    cache: Cache, trunk: range, transport: Transport, opening: OpenSession | None = None
+) -> ClientSession:
+    """The session in this cache, put there at the cache's first use and opened as `opening` says.
 
     Raises:
         UnsupportedCall: the cache was filled by another model, or is of a kind that is not supported.
@@ -117,7 +123,7 @@ def session_of(cache: Cache, trunk: range, transport: Transport) -> ClientSessio
                 )
             return layer.session
         _require_unused(layer)
-    remote = RemoteCacheLayer(transport)
+    remote = RemoteCacheLayer(transport, opening or OpenSession())
     cache.layers[trunk.start : trunk.stop] = [remote, *(InertLayer(remote) for _ in trunk[1:])]
     return remote.session
 

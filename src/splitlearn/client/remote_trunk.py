@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -11,11 +12,12 @@ from transformers import Cache
 
 from splitlearn.client.call_context import Call, CallContext
 from splitlearn.client.remote_cache import session_of
+from splitlearn.client.run import ClientRun
 from splitlearn.client.transport import Transport
 from splitlearn.config import ClientConfig
-from splitlearn.errors import NotServed, UnsupportedCall
-from splitlearn.vocabulary import StepKey, Timings
-from splitlearn.wire.messages import AnswerMessage, StepMessage
+from splitlearn.errors import RunLost, UnsupportedCall
+from splitlearn.vocabulary import StepKey, Timings, Versions
+from splitlearn.wire.messages import AnswerMessage, OpenRun, OpenSession, RunFacts, StepMessage
 
 # B rows   T new tokens   D hidden
 
@@ -30,6 +32,14 @@ class RemoteTrunk(nn.Module):
         super().__init__()
         self.transport = transport
         self.last_timings = Timings()
+        self.planned: OpenRun | None = None
+        """The training run that the first training step opens, where the model was loaded with one."""
+        self.gradient_scale = 1.0
+        """What the next optimizer step multiplies the trunk's gradients by; clipping sets it."""
+        # Without it nothing would ask for a gradient where the bottom is frozen.
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._run: ClientRun | None = None
+        self._acknowledged = 0
         self._trunk = trunk
         self._config = config
         self._context: CallContext | None = None
@@ -43,15 +53,100 @@ class RemoteTrunk(nn.Module):
     def forward(self, hidden_states: Tensor, **asked: Any) -> Tensor:
         """Activation (B, T, D) at the lower cut -> activation (B, T, D) at the upper cut."""
         assert self._context is not None
-        answer_BTD: Tensor = _Remote.apply(hidden_states, self, self._context.call)  # type: ignore[no-untyped-call]
+        call = self._context.call
+        answer_BTD: Tensor
+        if self.planned is None or call.cache is not None:
+            answer_BTD = _Untrained.apply(hidden_states, self, call)  # type: ignore[no-untyped-call]
+        elif torch.is_grad_enabled():
+            answer_BTD = _Trained.apply(hidden_states, self._anchor, self, self.run, call)  # type: ignore[no-untyped-call]
+        else:
+            sent_BTD, mask_BT, positions_BT = _without_cache(hidden_states, call)
+            answer_BTD = self.run.evaluate(sent_BTD, mask_BT, positions_BT).to(hidden_states.device)
         return answer_BTD
+
+    def grad_norms(self) -> Tensor:
+        """(n,): the norm of each trunk weight's gradient, in the whole model's order; -1 for none.
+
+        Raises:
+            UnsupportedCall: the model was loaded without `lora=`.
+        """
+        return self.run.gradient_norms()
+
+    def step(self, scale: float | None = None, learning_rate: float | None = None) -> None:
+        """Have the trunk's optimizer step, after scaling its gradients.
+
+        Args:
+            scale: what to multiply them by; by default what clipping found, else 1.
+            learning_rate: by default the one that the run was opened with.
+        """
+        run = self.run
+        run.apply(
+            self.gradient_scale if scale is None else scale,
+            run.settings.optimizer.learning_rate if learning_rate is None else learning_rate,
+        )
+        self.gradient_scale = 1.0
+
+    def skip_step(self) -> None:
+        """Drop the gradients that the trunk has accumulated, for example because others overflowed."""
+        self.run.apply(1.0, 0.0, skip=True)
+        self.gradient_scale = 1.0
+
+    @property
+    def is_training(self) -> bool:
+        """Whether the run has been opened."""
+        return self._run is not None
+
+    @property
+    def run(self) -> ClientRun:
+        """The training run, opened here at its first use, or joined where its name is there already.
+
+        Raises:
+            UnsupportedCall: the model was loaded without `lora=`.
+        """
+        if self._run is None:
+            if self.planned is None:
+                raise UnsupportedCall(_NO_RUN)
+            facts = self._open_or_join(self.planned)
+            self._run = ClientRun(self.transport, facts, self.planned.settings, self._config.train_s)
+        return self._run
+
+    def save(self) -> RunFacts:
+        """Have the run written to the server's disk as it stands now.
+
+        Raises:
+            CheckpointError: it could not be written; the checkpoint before it is still there.
+        """
+        return self.transport.save_run(self.run.name, self.run.step, self._acknowledged)
+
+    def acknowledge(self, step: int) -> None:
+        """Nobody goes back to before this step: the server may delete older checkpoints at the next save."""
+        self._acknowledged = step
+
+    def restore(self, name: str, step: int) -> None:
+        """Make the run of this name, as it was saved at this step, the model's run.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or it is torn.
+        """
+        planned = self.planned
+        if planned is None:
+            raise UnsupportedCall(_NO_RUN)
+        self.planned = replace(planned, name=name)
+        facts = self.transport.restore_run(name, step)
+        self._run = ClientRun(self.transport, facts, planned.settings, self._config.train_s)
+
+    def _open_or_join(self, planned: OpenRun) -> RunFacts:
+        try:
+            return self.transport.join_run(planned.name)
+        except RunLost:
+            return self.transport.open_run(planned)
 
     def exchange(self, activation_BTD: Tensor, call: Call) -> Tensor:
         sent_BTD = activation_BTD.detach().cpu()
         if call.cache is None:
             answer = self._lone_step(sent_BTD, call)
         else:
-            session = session_of(call.cache, self._trunk, self.transport)
+            session = session_of(call.cache, self._trunk, self.transport, self._opening())
             _require_in_step(call.cache, self._trunk, session.length + sent_BTD.shape[1])
             positions_BT = _positions_to_send(call, sent_BTD, session.length)
             answer = session.step(sent_BTD, call.mask_BL, positions_BT, self._deadline_s(sent_BTD))
@@ -60,17 +155,22 @@ class RemoteTrunk(nn.Module):
         return answer.activation_BTD.to(activation_BTD.device)
 
     def _lone_step(self, sent_BTD: Tensor, call: Call) -> AnswerMessage:
-        mask_BT = call.mask_BL
-        is_padded = mask_BT is not None and not bool(mask_BT.all())
+        _, mask_BT, positions_BT = _without_cache(sent_BTD, call)
         return self.transport.step(
             StepMessage(
                 key=StepKey(step=next(self._lone_steps)),
                 activation_BTD=sent_BTD,
-                mask_columns_BT=mask_BT.cpu().bool() if mask_BT is not None and is_padded else None,
-                positions_BT=_positions_to_send(call, sent_BTD, 0),
+                mask_columns_BT=mask_BT,
+                positions_BT=positions_BT,
                 deadline_s=self._deadline_s(sent_BTD),
             )
         )
+
+    def _opening(self) -> OpenSession:
+        """A session generates with the run's adapter as it is when the session opens."""
+        run = self._run
+        adapter = run.name if run is not None and run.settings.lora.r else ""
+        return OpenSession(adapter=Versions(adapter))
 
     def _deadline_s(self, activation_BTD: Tensor) -> float:
         rows, tokens = activation_BTD.shape[:2]
@@ -78,8 +178,14 @@ class RemoteTrunk(nn.Module):
         return self._config.decode_s if is_decode else self._config.prefill_s
 
 
-class _Remote(torch.autograd.Function):
-    """Says clearly that this version cannot train, where a gradient is asked for."""
+_NO_RUN = (
+    "this model was loaded to generate: load it with lora=LoraConfig(...) to train it, "
+    "or with freeze=['trunk'] to train bottom and top alone"
+)
+
+
+class _Untrained(torch.autograd.Function):
+    """Says clearly what is missing, where a gradient is asked for."""
 
     @staticmethod
     def forward(ctx: Any, activation_BTD: Tensor, remote: RemoteTrunk, call: Call) -> Tensor:
@@ -87,7 +193,45 @@ class _Remote(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        raise NotServed("the trunk gives no gradients yet: this version generates and does not train")
+        raise UnsupportedCall(_NO_RUN)
+
+
+class _Trained(torch.autograd.Function):
+    """The trunk as one operation: its forward here, its backward there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, activation_BTD: Tensor, anchor: Tensor, remote: RemoteTrunk, run: ClientRun, call: Call
+    ) -> Tensor:
+        sent_BTD, mask_BT, positions_BT = _without_cache(activation_BTD, call)
+        ctx.run = run
+        ctx.asked, answer_BTD = run.forward(
+            sent_BTD,
+            mask_BT,
+            positions_BT,
+            training=remote.training,
+            want_input_gradient=ctx.needs_input_grad[0],
+        )
+        return answer_BTD.to(activation_BTD.device)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        gradient_BTD = ctx.run.backward(ctx.asked, gradients[0].detach().cpu())
+        return None if gradient_BTD is None else gradient_BTD.to(gradients[0].device), None, None, None, None
+
+
+def _without_cache(activation_BTD: Tensor, call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What a forward of whole sequences sends: activation, mask and positions, the latter two if they say
+    more than that every token counts and stands where it stands.
+    """
+    sent_BTD = activation_BTD.detach().cpu()
+    mask_BT = call.mask_BL
+    is_padded = mask_BT is not None and not bool(mask_BT.all())
+    return (
+        sent_BTD,
+        mask_BT.cpu().bool() if mask_BT is not None and is_padded else None,
+        _positions_to_send(call, sent_BTD, 0),
+    )
 
 
 def _require_in_step(cache: Cache, trunk: range, length: int) -> None:

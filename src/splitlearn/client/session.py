@@ -26,8 +26,9 @@ class ClientSession:
     Opened by its first step, closed when nothing refers to it any more.
     """
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, opening: OpenSession | None = None) -> None:
         self._transport = transport
+        self._opening = opening or OpenSession()
         self._number = 0
         self._rows = 0
         self._step = 0
@@ -67,7 +68,7 @@ class ClientSession:
                 StepMessage(
                     key=StepKey(session=number, step=self._step + 1),
                     activation_BTD=activation_BTD,
-                    open=None if self.is_open else OpenSession(),
+                    open=None if self.is_open else self._opening,
                     mask_columns_BT=new_BT,
                     positions_BT=positions_BT,
                     keep_positions=self._crop_to,
@@ -105,7 +106,7 @@ class ClientSession:
 
     def fork(self) -> ClientSession:
         """A session of its own that stands where this one stands."""
-        child = ClientSession(self._transport)
+        child = ClientSession(self._transport, self._opening)
         if not self.is_open:
             return child
         number = child._new_number()

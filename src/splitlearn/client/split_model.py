@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from splitlearn.client.call_context import watch
 from splitlearn.client.grpc_transport import GrpcTransport, describe
 from splitlearn.client.remote_trunk import RemoteTrunk
+from splitlearn.client.training import prepare_training
 from splitlearn.client.transport import Transport
 from splitlearn.config import ClientConfig
 from splitlearn.errors import SettingError, SplitMismatch, UnsupportedCall
@@ -49,6 +52,10 @@ class AutoSplitModelForCausalLM:
         hub_token: str | None = None,
         revision: str | None = None,
         config: ClientConfig | None = None,
+        lora: LoraConfig | None = None,
+        run: str | None = None,
+        freeze: Collection[str] = (),
+        seed: int = 0,
         **settings: Any,
     ) -> PreTrainedModel:
         """The library's own causal LM, whose middle layers run on the trunk server.
@@ -64,11 +71,17 @@ class AutoSplitModelForCausalLM:
             attn_implementation: as in the library.
             hub_token, revision: for a private hub repository, or one of its revisions.
             config: deadlines, codec, limits; `settings` are its fields by name.
+            lora: PEFT's LoraConfig: the model is to be trained, bottom, trunk and top alike. The run on the
+                trunk opens at the first training step.
+            run: the run's name, which joins it where it is open already; by default a name of its own.
+            freeze: which of "bottom", "trunk", "top" are not trained.
+            seed: of the adapter's first weights and of dropout.
 
         Raises:
             TrunkUnreachable, NotATrunk, ProtocolMismatch, ModelMismatch, SplitMismatch: the server is not
                 the one that is wanted.
             UnsupportedModel, CheckpointError, SplitPlanError, SettingError: the model cannot be loaded so.
+            AdapterError: the LoRA settings cannot be used across the wire, or fit no layer.
         """
         client_config = _config_of(config, settings)
         checkpoint = Checkpoint.open(str(path), token=hub_token, revision=revision)
@@ -81,9 +94,11 @@ class AutoSplitModelForCausalLM:
             FrameFormat(CodecId[client_config.codec.upper()]),
         )
         try:
-            return connect(
+            model = connect(
                 checkpoint, plan, transport, client_config, weights_dtype, device, attn_implementation
             )
+            prepare_training(model, lora, run, freeze, seed)
+            return model
         except BaseException:
             transport.close()
             raise

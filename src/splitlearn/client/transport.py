@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from splitlearn.wire.handshake import Agreement
-from splitlearn.wire.messages import AnswerMessage, CloseMessage, ForkMessage, StepMessage
+from splitlearn.wire.messages import (
+    AnswerMessage,
+    CloseMessage,
+    ForkMessage,
+    OpenRun,
+    RunFacts,
+    RunStepMessage,
+    StepMessage,
+)
 
 
 @dataclass(slots=True)
@@ -38,6 +46,30 @@ class Transport(Protocol):
 
     def step(self, message: StepMessage) -> AnswerMessage:
         """Have the step done; an error of the server is raised here."""
+        ...
+
+    def run_step(self, message: RunStepMessage) -> AnswerMessage:
+        """Have a run's step done; an error of the server is raised here."""
+        ...
+
+    def open_run(self, asked: OpenRun) -> RunFacts:
+        """Begin a run; raises where its name is taken."""
+        ...
+
+    def join_run(self, name: str) -> RunFacts:
+        """Take a run over in a new incarnation; raises RunLost where there is none."""
+        ...
+
+    def run_facts(self, name: str) -> RunFacts:
+        """Where a run stands, open or on disk; raises RunLost where there is none."""
+        ...
+
+    def save_run(self, name: str, step: int, acknowledged_step: int) -> RunFacts:
+        """Have the run, as it stands after this step, written to the server's disk."""
+        ...
+
+    def restore_run(self, name: str, step: int) -> RunFacts:
+        """Take a run over as its checkpoint has it."""
         ...
 
     def fork(self, message: ForkMessage) -> None:

@@ -38,4 +38,6 @@ class Batcher:
         if not self._batched or first.session is None or other.session is None:
             return False
         same_tokens = first.step.message.tokens == other.step.message.tokens
-        return same_tokens and first.session.precision.autocast == other.session.precision.autocast
+        same_adapter = first.session.adapter is other.session.adapter
+        same_autocast = first.session.precision.autocast == other.session.precision.autocast
+        return same_tokens and same_adapter and same_autocast

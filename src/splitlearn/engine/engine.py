@@ -7,25 +7,32 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import structlog
 import torch
 from torch import Tensor
 
-from splitlearn.config import BatchingConfig, SessionConfig
-from splitlearn.engine.batch_plan import BatchCounts, BatchPlan
+from splitlearn.config import BatchingConfig, RunConfig, SessionConfig
+from splitlearn.engine.batch import run_batch
+from splitlearn.engine.batch_plan import BatchCounts
 from splitlearn.engine.batcher import Batcher
+from splitlearn.engine.checkpoint import RunSnapshot
 from splitlearn.engine.kv_cache import KvCache
-from splitlearn.engine.ready_step import ReadyStep
-from splitlearn.engine.runner import Ran, Runner, measure_layers
-from splitlearn.engine.session import Session, require_room
+from splitlearn.engine.ready_step import ReadyRunStep, ReadyStep
+from splitlearn.engine.run import Run
+from splitlearn.engine.run_steps import RunSteps
+from splitlearn.engine.run_table import RunTable
+from splitlearn.engine.runner import Ran, Runner, measure_layers, timed
+from splitlearn.engine.session import require_room
 from splitlearn.engine.session_table import SessionTable
 from splitlearn.engine.step import Step
 from splitlearn.engine.step_queue import StepQueue
+from splitlearn.engine.tape import Tape
+from splitlearn.engine.trunk_state import TrunkState
 from splitlearn.errors import (
     MessageError,
-    NotServed,
     ResourceExhausted,
     SessionLost,
     SettingError,
@@ -38,7 +45,15 @@ from splitlearn.errors import (
 from splitlearn.model.segments import TrunkSegment
 from splitlearn.vocabulary import AUTOCASTS, Phase, Precision, Timings
 from splitlearn.wire.dtypes import dtype_name
-from splitlearn.wire.messages import AnswerMessage, CloseMessage, ForkMessage, StepMessage
+from splitlearn.wire.messages import (
+    AnswerMessage,
+    CloseMessage,
+    ForkMessage,
+    OpenRun,
+    RunFacts,
+    RunStepMessage,
+    StepMessage,
+)
 
 EXPIRY_CHECK_S = 0.5
 STOP_S = 30.0
@@ -49,17 +64,30 @@ log = structlog.get_logger("splitlearn.engine")
 class Engine:
     """Others send it steps and await futures; it alone touches the trunk, its KV cache and its sessions."""
 
-    def __init__(self, trunk: TrunkSegment, batching: BatchingConfig, sessions: SessionConfig) -> None:
+    def __init__(
+        self,
+        trunk: TrunkSegment,
+        batching: BatchingConfig,
+        sessions: SessionConfig,
+        runs: RunConfig | None = None,
+    ) -> None:
+        runs = runs or RunConfig()
         self.trunk = trunk
         self.kv = _kv_cache(trunk, sessions)
         self.ran = BatchCounts()
         self._max_positions = trunk.max_positions
-        self._runner = Runner(trunk, self.kv)
-        self._sessions = SessionTable(self.kv, sessions, trunk.max_positions)
+        state = TrunkState(trunk)
+        self._runner = Runner(trunk, self.kv, state)
+        self.tape = Tape(runs.tape_budget_bytes)
+        self._runs = RunTable(state, self.tape, runs)
+        self._run_steps = RunSteps(
+            trunk, state, self.tape, lease_s=runs.tape_lease_s, staleness_limit=runs.staleness_limit
+        )
+        self._sessions = SessionTable(self.kv, sessions, trunk.max_positions, self._runs.adapter)
         self._batcher = Batcher(batching, batched=trunk.batched)
         self._wait_s = batching.wait_ms / 1000
         self._queue = StepQueue()
-        self._ready: list[ReadyStep] = []
+        self._ready: list[ReadyStep | ReadyRunStep] = []
         self.lease_s = sessions.lease_s
         self.failure: Exception | None = None
         self.on_failure: Callable[[], object] = lambda: None
@@ -82,9 +110,9 @@ class Engine:
         """Open no further session; those that are open go on."""
         self._draining.set()
 
-    def submit(self, client: bytes, message: StepMessage) -> Future[AnswerMessage]:
+    def submit(self, client: bytes, message: StepMessage | RunStepMessage) -> Future[AnswerMessage]:
         """The future of this step's answer; an error arrives as an answer too."""
-        step = Step(client, message)
+        step: Step[Any] = Step(client, message)
         future = step.wait()
         if not self._queue.put(step):
             step.fail(_stopped())
@@ -101,9 +129,34 @@ class Engine:
         """Nobody of this client is connected any more: keep its sessions for a short while only."""
         return self._ask(lambda: self._sessions.shorten_leases(client, time.monotonic()))
 
+    def open_run(self, client: bytes, asked: OpenRun) -> Future[RunFacts]:
+        self._refuse_when_draining()
+        return self._ask(lambda: self._runs.open(client, asked).facts())
+
+    def join_run(self, client: bytes, name: str) -> Future[RunFacts]:
+        return self._ask(lambda: self._runs.join(client, name).facts())
+
+    def restore_run(self, client: bytes, snapshot: RunSnapshot) -> Future[RunFacts]:
+        self._refuse_when_draining()
+        return self._ask(lambda: self._runs.restore(client, snapshot).facts())
+
+    def close_run(self, name: str) -> Future[RunFacts]:
+        return self._ask(lambda: self._runs.close(name).facts())
+
+    def run_facts(self) -> Future[list[RunFacts]]:
+        return self._ask(lambda: [run.facts() for run in self._runs])
+
+    def with_run(self, name: str, do: Callable[[Run], Result]) -> Future[Result]:
+        """Have something done with a run between two steps, on the engine's thread: keep it short."""
+        return self._ask(lambda: do(self._runs.named(name)))
+
     @property
     def open_sessions(self) -> int:
         return len(self._sessions)
+
+    @property
+    def open_runs(self) -> int:
+        return len(self._runs)
 
     # The engine's thread.
 
@@ -125,6 +178,8 @@ class Engine:
         self._accept()
         if expired := self._sessions.expire(time.monotonic()):
             log.info("sessions expired", sessions=expired)
+        if expired := self.tape.expire(time.monotonic()):
+            log.info("forwards without a backward expired", forwards=expired)
         if self._ready:
             self._wait_for_company()
             self._run_next_batch()
@@ -136,9 +191,12 @@ class Engine:
             else:
                 item()
 
-    def _admit(self, step: Step) -> None:
+    def _admit(self, step: Step[Any]) -> None:
         try:
-            self._refuse_unserved(step.message)
+            if isinstance(step.message, RunStepMessage):
+                self._ready.append(ReadyRunStep(step, self._runs.find(step.message.key)))
+                return
+            self._check_opening(step.message)
             if step.message.key.session == 0:
                 self._admit_lone(step)
             else:
@@ -146,14 +204,14 @@ class Engine:
         except Exception as error:
             step.fail(_explained(error))
 
-    def _admit_lone(self, step: Step) -> None:
+    def _admit_lone(self, step: Step[StepMessage]) -> None:
         message = step.message
         if message.open or message.keep_positions is not None or message.select_rows is not None:
             raise MessageError("a step without a session has nothing to open, to keep or to select")
         require_room(message, 0, self.kv.slot_tokens, self._max_positions)
         self._ready.append(ReadyStep(step, None))
 
-    def _admit_to_session(self, step: Step) -> None:
+    def _admit_to_session(self, step: Step[StepMessage]) -> None:
         key = step.message.key
         session = self._sessions.enter(step.client, step.message, time.monotonic())
         if (running := session.running) is not None:
@@ -180,9 +238,13 @@ class Engine:
         self._give_up_late_steps()
         if not self._ready:
             return
-        batch = self._batcher.choose(self._ready)
-        self._ready = [waiting for waiting in self._ready if waiting not in batch]
         started = time.monotonic()
+        if isinstance(first := self._ready[0], ReadyRunStep):
+            self._ready.remove(first)
+            self._do(first, started)
+            return
+        batch = self._batcher.choose([each for each in self._ready if isinstance(each, ReadyStep)])
+        self._ready = [waiting for waiting in self._ready if waiting not in batch]
         if prepared := [member for member in batch if self._prepare(member)]:
             self._run_or_split(prepared, started)
 
@@ -190,7 +252,8 @@ class Engine:
         now = time.monotonic()
         for late in [r for r in self._ready if r.step.is_late(now) or r.step.is_cancelled]:
             self._ready.remove(late)
-            self._give_up(late)
+            if isinstance(late, ReadyStep):
+                self._give_up(late)
             late.step.fail(StepTimeout("the step waited longer than its deadline and was not run: ask again"))
 
     def _prepare(self, member: ReadyStep) -> bool:
@@ -210,7 +273,7 @@ class Engine:
     def _run_or_split(self, batch: list[ReadyStep], started: float) -> None:
         """A batch that fails runs again one by one, so that one member's fault is not the others'."""
         try:
-            ran = self._run(batch)
+            plan, ran = run_batch(self._runner, batch, self.trunk.dtype)
         except Exception as error:
             if len(batch) > 1:
                 log.warning("a batch failed and runs one by one", steps=len(batch), exc_info=error)
@@ -219,6 +282,8 @@ class Engine:
             else:
                 self._fail(batch[0], error)
         else:
+            if plan is not None:
+                self.ran.note(plan)
             rows = [member.step.message.rows for member in batch]
             for member, activation_BTD in zip(batch, torch.split(ran.activation_BTD, rows), strict=True):
                 try:
@@ -226,25 +291,17 @@ class Engine:
                 except Exception as error:
                     self._fail(member, error)
 
-    def _run(self, batch: list[ReadyStep]) -> Ran:
-        if batch[0].session is None:
-            message = batch[0].step.message
-            return self._runner.run_without_cache(
-                message.activation_BTD, message.mask_columns_BT, message.positions_BT
-            )
-        plan = _plan_of(batch)
-        messages = [member.step.message for member in batch]
-        ran = self._runner.run(
-            plan,
-            torch.cat([message.activation_BTD.to(self.trunk.dtype) for message in messages])
-            if len(messages) > 1
-            else messages[0].activation_BTD,
-            _positions_of(batch),
-            padded=any(_session_of(member).padded for member in batch),
-            autocast=_session_of(batch[0]).precision.autocast,
-        )
-        self.ran.note(plan)
-        return ran
+    def _do(self, member: ReadyRunStep, started: float) -> None:
+        """A run's step; one that fails leaves the run as it was, so that it can be asked again."""
+        step = member.step
+        try:
+            with timed(self.trunk.device) as clock:
+                answer = self._run_steps.do(self._runs.find(step.message.key), step.message)
+        except Exception as error:
+            step.fail(_explained(error))
+        else:
+            queued_us = int((started - step.arrived_at) * 1e6)
+            step.answer(replace(answer, timings=Timings(queued_us=queued_us, device_us=clock.us)))
 
     def _answer(self, member: ReadyStep, activation_BTD: Tensor, ran: Ran, started: float) -> None:
         message = member.step.message
@@ -277,9 +334,9 @@ class Engine:
         if session.length == 0 and session.next_step == 1:
             self._sessions.drop(session)
 
-    def _refuse_unserved(self, message: StepMessage) -> None:
-        if message.key.run or message.key.phase is not Phase.FORWARD:
-            raise NotServed("this server generates; it does not train yet")
+    def _check_opening(self, message: StepMessage) -> None:
+        if message.key.phase is not Phase.FORWARD:
+            raise MessageError("a session knows forward steps only; the other phases belong to a run")
         if message.open is not None:
             self._refuse_when_draining()
             self._check_precision(message.open.precision)
@@ -290,7 +347,8 @@ class Engine:
             raise SettingError(f"the session wants weights in {wanted.weights}, this trunk holds {held}")
         if wanted.autocast not in ("", *AUTOCASTS):
             raise SettingError(
-                f"the session wants autocast to {wanted.autocast}: it is {' or '.join(AUTOCASTS)}, or left out"
+                f"the session wants autocast to {wanted.autocast}: "
+                f"it is {' or '.join(AUTOCASTS)}, or left out"
             )
 
     def _refuse_when_draining(self) -> None:
@@ -346,35 +404,3 @@ def _explained(error: Exception) -> SplitLearnError:
 
 def _stopped() -> TrunkDraining:
     return TrunkDraining("the server stopped before this step ran: try another, or later")
-
-
-def _plan_of(batch: list[ReadyStep]) -> BatchPlan:
-    sessions = [_session_of(member) for member in batch]
-    return BatchPlan(
-        steps=tuple(member.step.message.key.step for member in batch),
-        step_rows=tuple(session.rows for session in sessions),
-        slots=tuple(slot for session in sessions for slot in session.slots),
-        lengths=tuple(session.length for session in sessions for _ in session.slots),
-        tokens=batch[0].step.message.tokens,
-        adapter_slots=(0,) * sum(session.rows for session in sessions),
-    )
-
-
-def _positions_of(batch: list[ReadyStep]) -> Tensor | None:
-    """None where every row's positions go on from its length."""
-    if all(member.step.message.positions_BT is None for member in batch):
-        return None
-    return torch.cat([_row_positions(member) for member in batch])
-
-
-def _row_positions(member: ReadyStep) -> Tensor:
-    message = member.step.message
-    if message.positions_BT is not None:
-        return message.positions_BT
-    start = _session_of(member).length
-    return torch.arange(start, start + message.tokens).expand(message.rows, message.tokens)
-
-
-def _session_of(member: ReadyStep) -> Session:
-    assert member.session is not None
-    return member.session

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from splitlearn.engine.batch_plan import BatchPlan
 from splitlearn.engine.kv_cache import KvCache, LayerShape
 from splitlearn.engine.slot_cache import SlotCache
+from splitlearn.engine.trunk_state import BARE, AdapterVersion, TrunkState
 from splitlearn.model.masks import ragged
 from splitlearn.model.segments import TrunkSegment
 from splitlearn.wire.dtypes import dtype_named
@@ -32,8 +33,9 @@ class Ran:
 class Runner:
     """The trunk with its KV cache."""
 
-    def __init__(self, trunk: TrunkSegment, kv: KvCache) -> None:
+    def __init__(self, trunk: TrunkSegment, kv: KvCache, state: TrunkState) -> None:
         self._trunk = trunk
+        self._state = state
         self._kv = kv
         self._cache = SlotCache(kv, list(trunk.sliding_window))
 
@@ -44,6 +46,7 @@ class Runner:
         positions_BT: Tensor | None,
         *,
         padded: bool,
+        adapter: AdapterVersion = BARE,
         autocast: str = "",
     ) -> Ran:
         """Forward of the plan's rows, their keys and values written into their slots.
@@ -51,9 +54,10 @@ class Runner:
         `positions_BT` is None where each row's positions go on from its length; `padded` says
         whether any row has tokens that may not be looked at.
         """
+        self._state.set(adapter)
         columns_BT = self._cache.begin(plan)
         visible_BK = self._kv.visible_SL[list(plan.slots), : plan.length] if padded else None
-        with self._ready(autocast), self._timed(activation_BTD.device) as clock:
+        with self._ready(autocast), timed(self._trunk.device) as clock:
             if plan.ragged:
                 with ragged(columns_BT.to(self._trunk.device), visible_BK):
                     out_BTD = self._forward(activation_BTD, None, positions_BT, columns_BT)
@@ -73,7 +77,8 @@ class Runner:
     ) -> Ran:
         """Forward of whole sequences; nothing is kept."""
         device = self._trunk.device
-        with self._ready(autocast), self._timed(device) as clock:
+        self._state.set(BARE)
+        with self._ready(autocast), timed(device) as clock:
             out_BTD = self._trunk(
                 activation_BTD.to(device, self._trunk.dtype),
                 attention_mask=None if mask_BT is None else mask_BT.long().to(device),
@@ -99,19 +104,23 @@ class Runner:
         with torch.inference_mode(), torch.autocast(self._trunk.device.type, kind, enabled=kind is not None):
             yield
 
-    @contextlib.contextmanager
-    def _timed(self, device: torch.device) -> Iterator[_Clock]:
-        clock = _Clock()
-        started = time.perf_counter()
-        yield clock
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        clock.us = int((time.perf_counter() - started) * 1e6)
-
 
 @dataclass(slots=True)
-class _Clock:
+class Clock:
+    """Microseconds, once what is timed is done."""
+
     us: int = 0
+
+
+@contextlib.contextmanager
+def timed(device: torch.device) -> Iterator[Clock]:
+    """How long the device works on what is done within."""
+    clock = Clock()
+    started = time.perf_counter()
+    yield clock
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    clock.us = int((time.perf_counter() - started) * 1e6)
 
 
 def measure_layers(trunk: TrunkSegment) -> list[LayerShape]:

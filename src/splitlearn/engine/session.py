@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from splitlearn.engine.kv_cache import KvCache
 from splitlearn.engine.step import Step
+from splitlearn.engine.trunk_state import BARE, AdapterVersion
 from splitlearn.errors import MessageError, SessionTooLong, too_long_for_model
 from splitlearn.vocabulary import Precision
 from splitlearn.wire.messages import StepMessage
@@ -24,10 +25,12 @@ class Session:
     precision: Precision
     slots: tuple[int, ...]
     lease_until: float
+    adapter: AdapterVersion = BARE
+    follow: bool = False
     length: int = 0
     padded: bool = False
     next_step: int = 1
-    running: Step | None = None
+    running: Step[StepMessage] | None = None
 
     @property
     def rows(self) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 from splitlearn.config import SessionConfig
 from splitlearn.engine.answer_window import AnswerWindow
 from splitlearn.engine.kv_cache import KvCache
 from splitlearn.engine.session import Session, SessionId, require_room
+from splitlearn.engine.trunk_state import BARE, AdapterVersion
 from splitlearn.errors import (
     AdapterError,
     MessageError,
@@ -22,11 +24,22 @@ from splitlearn.wire.messages import AnswerMessage, CloseMessage, ForkMessage, O
 REMEMBERED_EXPIRIES = 4096
 
 
+def _no_adapter(name: str) -> AdapterVersion:
+    raise AdapterError(f"this server has no adapter {name!r}; leave it out")
+
+
 class SessionTable:
     """Belongs to the engine's thread. A session is its client's own: the client's id is part of its name."""
 
-    def __init__(self, kv: KvCache, config: SessionConfig, max_positions: int | None) -> None:
+    def __init__(
+        self,
+        kv: KvCache,
+        config: SessionConfig,
+        max_positions: int | None,
+        adapter_named: Callable[[str], AdapterVersion] = _no_adapter,
+    ) -> None:
         self._kv = kv
+        self._adapter_named = adapter_named
         self._config = config
         self._max_positions = max_positions
         self._answers = AnswerWindow(config.answer_window, config.answer_window_bytes)
@@ -50,6 +63,8 @@ class SessionTable:
             session = self.find(id, message.key.incarnation)
         session.lease_until = now + self._config.lease_s
         self._answers.release(id, message.acked_through)
+        if session.follow and session.running is None:
+            session.adapter = self._adapter_named(session.adapter.name)
         return session
 
     def kept_answer(self, session: Session, step: int) -> AnswerMessage | None:
@@ -111,6 +126,7 @@ class SessionTable:
         if id in self._sessions:
             raise MessageError(f"session {message.into} is open already: a fork needs a name of its own")
         child = self._open(id, message.incarnation, parent.rows, parent.precision, now)
+        child.adapter, child.follow = parent.adapter, parent.follow
         for source, target in zip(parent.slots, child.slots, strict=True):
             self._kv.copy(source, target, parent.length)
         child.length, child.padded = parent.length, parent.padded
@@ -155,12 +171,26 @@ class SessionTable:
             raise MessageError("a session opens with a number of its own and its step 1")
         if message.keep_positions or message.select_rows is not None:
             raise MessageError("a session that opens has nothing to keep or to select")
-        if opening.adapter.adapter:
-            raise AdapterError(f"this server has no adapter {opening.adapter.adapter!r}; leave it out")
+        adapter = self._adapter(opening)
         require_room(message, 0, self._kv.slot_tokens, self._max_positions)
         if (older := self._sessions.get(id)) is not None:
             self._fence(older, message.key.incarnation)
-        return self._open(id, message.key.incarnation, message.rows, opening.precision, now)
+        session = self._open(id, message.key.incarnation, message.rows, opening.precision, now)
+        session.adapter, session.follow = adapter, opening.follow
+        return session
+
+    def _adapter(self, opening: OpenSession) -> AdapterVersion:
+        """What the session generates with; version 0 is the newest."""
+        wanted = opening.adapter
+        if not wanted.adapter:
+            return BARE
+        found = self._adapter_named(wanted.adapter)
+        if wanted.version and wanted.version != found.number:
+            raise AdapterError(
+                f"adapter {wanted.adapter!r} is at version {found.number}, not {wanted.version}: "
+                "versions that no session holds are gone"
+            )
+        return found
 
     def _fence(self, older: Session, incarnation: int) -> None:
         """A newer incarnation takes the name over; an older one is turned away."""

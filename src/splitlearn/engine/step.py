@@ -5,17 +5,20 @@ from __future__ import annotations
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from splitlearn.errors import SplitLearnError
-from splitlearn.wire.messages import AnswerMessage, StepMessage
+from splitlearn.wire.messages import AnswerMessage, RunStepMessage, StepMessage
+
+Message = TypeVar("Message", StepMessage, RunStepMessage)
 
 
 @dataclass(slots=True, eq=False)
-class Step:
+class Step(Generic[Message]):
     """A step is answered once; several may wait for it, if a client asked again meanwhile."""
 
     client: bytes
-    message: StepMessage
+    message: Message
     arrived_at: float = field(default_factory=time.monotonic)
     waiting: list[Future[AnswerMessage]] = field(default_factory=list)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from splitlearn.engine.step import Step
 
@@ -15,10 +16,10 @@ class StepQueue:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._waiting: list[Step | Request] = []
+        self._waiting: list[Step[Any] | Request] = []
         self._is_shut = False
 
-    def put(self, item: Step | Request) -> bool:
+    def put(self, item: Step[Any] | Request) -> bool:
         """Put a step in line, or something else to be done on the engine's thread; False once it is shut."""
         with self._changed:
             if not self._is_shut:
@@ -32,7 +33,7 @@ class StepQueue:
             if not self._waiting and not self._is_shut:
                 self._changed.wait(timeout_s)
 
-    def take(self) -> list[Step | Request]:
+    def take(self) -> list[Step[Any] | Request]:
         """All that waits."""
         with self._changed:
             taken, self._waiting = self._waiting, []

@@ -12,6 +12,7 @@ from itertools import count
 import structlog
 
 from splitlearn.config import ServerConfig
+from splitlearn.engine.checkpoint import RunStore
 from splitlearn.engine.engine import Engine
 from splitlearn.errors import MessageError, SplitLearnError, TrunkFailed
 from splitlearn.server.admission import Admission
@@ -22,12 +23,19 @@ from splitlearn.wire.chunks import ChunkAssembly, chunks_of, parse
 from splitlearn.wire.frames import FrameFormat
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.handshake import ModelIdentity, welcome
-from splitlearn.wire.messages import AnswerMessage, StepMessage
+from splitlearn.wire.messages import AnswerMessage, RunStepMessage, StepMessage
 from splitlearn.wire.status import error_to_proto
-from splitlearn.wire.steps import answer_to_proto, close_from_proto, fork_from_proto, step_from_proto
+from splitlearn.wire.steps import (
+    answer_to_proto,
+    close_from_proto,
+    fork_from_proto,
+    run_step_from_proto,
+    step_from_proto,
+)
 
 log = structlog.get_logger("splitlearn.server")
 HELLO_S = 10.0
+Decoded = StepMessage | RunStepMessage | SplitLearnError
 QUICK_BYTES = 64 << 10
 
 
@@ -40,6 +48,7 @@ class Hall:
     config: ServerConfig
     admission: Admission
     egress: Egress
+    runs: RunStore
     streams: set[ClientStream] = field(default_factory=set)
 
 
@@ -148,21 +157,22 @@ class ClientStream:
             raise MessageError("only a step is large enough to come in pieces")
         self._submit(message.step, decoded)
 
-    def _finish(self, chunk: pb.Chunk) -> tuple[pb.ClientMessage, StepMessage | SplitLearnError | None]:
+    def _finish(self, chunk: pb.Chunk) -> tuple[pb.ClientMessage, Decoded | None]:
         whole = self._assembly.add(chunk)
         assert whole is not None
         message = parse(pb.ClientMessage, whole)
         is_step = message.WhichOneof("content") == "step"
         return message, self._decode(message.step) if is_step else None
 
-    def _decode(self, proto: pb.Step) -> StepMessage | SplitLearnError:
+    def _decode(self, proto: pb.Step) -> Decoded:
+        hidden_size = self._hall.engine.trunk.hidden_size
+        decode = run_step_from_proto if proto.key.run else step_from_proto
         try:
-            hidden_size = self._hall.engine.trunk.hidden_size
-            return step_from_proto(proto, hidden_size, self._limits, checksum=self._checksum)
+            return decode(proto, hidden_size, self._limits, checksum=self._checksum)
         except SplitLearnError as error:
             return error
 
-    def _submit(self, proto: pb.Step, decoded: StepMessage | SplitLearnError) -> None:
+    def _submit(self, proto: pb.Step, decoded: Decoded) -> None:
         if isinstance(decoded, SplitLearnError):
             self._deliver([_failed(proto.key, decoded)])
             return

@@ -17,6 +17,7 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from splitlearn.config import ServerConfig
+from splitlearn.engine.checkpoint import RunStore
 from splitlearn.engine.engine import Engine
 from splitlearn.errors import SettingError, TrunkDraining
 from splitlearn.model.checkpoint import Checkpoint
@@ -73,7 +74,7 @@ class TrunkServer:
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
         trunk, self._identity = load(self.config)
-        self._engine = Engine(trunk, self.config.batching, self.config.sessions)
+        self._engine = Engine(trunk, self.config.batching, self.config.sessions, self.config.runs)
         self._engine.on_failure = lambda: self._ask_to_stop()
         self._engine.start()
         self._thread.start()
@@ -115,7 +116,8 @@ class TrunkServer:
         self._ask_to_stop = lambda: loop.is_closed() or loop.call_soon_threadsafe(stop.set)
         admission, egress = Admission(self.config.max_streams), Egress()
         egress.start()
-        self._hall = hall = Hall(self.engine, self._identity, self.config, admission, egress)
+        runs = RunStore(self.config.state_dir / f"{self._identity.weights_hash:016x}" / "runs")
+        self._hall = hall = Hall(self.engine, self._identity, self.config, admission, egress, runs)
         server, healthy = self._grpc_server(hall)
         await server.start()
         await healthy.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)

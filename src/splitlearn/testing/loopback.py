@@ -15,15 +15,24 @@ from transformers import PreTrainedModel
 
 from splitlearn.client.split_model import connect
 from splitlearn.client.transport import Traffic
-from splitlearn.config import BatchingConfig, ClientConfig, SessionConfig, WireLimits
+from splitlearn.config import BatchingConfig, ClientConfig, RunConfig, SessionConfig, WireLimits
 from splitlearn.engine.engine import Engine
-from splitlearn.errors import StepTimeout
+from splitlearn.engine.run import Run
+from splitlearn.errors import NotServed, StepTimeout
 from splitlearn.model.checkpoint import Checkpoint
 from splitlearn.model.plan import SplitPlan
 from splitlearn.model.weights import load_trunk
 from splitlearn.wire.codecs import CODECS
 from splitlearn.wire.handshake import CLIENT_ID_BYTES, Agreement
-from splitlearn.wire.messages import AnswerMessage, CloseMessage, ForkMessage, StepMessage
+from splitlearn.wire.messages import (
+    AnswerMessage,
+    CloseMessage,
+    ForkMessage,
+    OpenRun,
+    RunFacts,
+    RunStepMessage,
+    StepMessage,
+)
 
 FORK_S = 60.0
 SMALL = SessionConfig(kv_budget_bytes=1 << 20, session_tokens=96)
@@ -54,6 +63,30 @@ class LoopbackTransport:
         assert answer.activation_BTD is not None
         return replace(answer, activation_BTD=self._carry(answer.activation_BTD))
 
+    def run_step(self, message: RunStepMessage) -> AnswerMessage:
+        tensor_BTD = None if message.tensor_BTD is None else self._carry(message.tensor_BTD)
+        sent = replace(message, tensor_BTD=tensor_BTD)
+        answer = _within(message.deadline_s or None, self._engine.submit(self._client, sent))
+        if answer.error is not None:
+            raise answer.error
+        received = answer.activation_BTD
+        return replace(answer, activation_BTD=None if received is None else self._carry(received))
+
+    def open_run(self, asked: OpenRun) -> RunFacts:
+        return _within(FORK_S, self._engine.open_run(self._client, asked))
+
+    def join_run(self, name: str) -> RunFacts:
+        return _within(FORK_S, self._engine.join_run(self._client, name))
+
+    def run_facts(self, name: str) -> RunFacts:
+        return _within(FORK_S, self._engine.with_run(name, Run.facts))
+
+    def save_run(self, name: str, step: int, acknowledged_step: int) -> RunFacts:
+        raise NotServed("an engine alone has no disk: use a TrunkServer")
+
+    def restore_run(self, name: str, step: int) -> RunFacts:
+        raise NotServed("an engine alone has no disk: use a TrunkServer")
+
     def fork(self, message: ForkMessage) -> None:
         _within(FORK_S, self._engine.fork(self._client, message))
 
@@ -74,12 +107,16 @@ class LoopbackTransport:
 
 @contextmanager
 def split_over_loopback(
-    folder: str | Path, plan: SplitPlan | None = None, sessions: SessionConfig = SMALL, **how: Any
+    folder: str | Path,
+    plan: SplitPlan | None = None,
+    sessions: SessionConfig = SMALL,
+    runs: RunConfig | None = None,
+    **how: Any,
 ) -> Iterator[PreTrainedModel]:
     """The model in this folder, split 2/n/2 or as planned; `how` is `dtype` and the like, for both sides."""
     checkpoint = Checkpoint.open(folder)
     plan = plan or SplitPlan.for_config(checkpoint.config)
-    engine = Engine(load_trunk(checkpoint, plan, **how), BatchingConfig(), sessions)
+    engine = Engine(load_trunk(checkpoint, plan, **how), BatchingConfig(), sessions, runs)
     engine.start()
     try:
         yield connect(checkpoint, plan, LoopbackTransport(engine, sessions), ClientConfig(), **how)

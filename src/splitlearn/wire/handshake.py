@@ -14,7 +14,7 @@ from splitlearn.wire.messages import TrunkFacts
 from splitlearn.wire.steps import precision_from_proto, precision_to_proto
 
 PROTOCOL = 1
-FEATURES = frozenset({"generate"})
+FEATURES = frozenset({"generate", "train"})
 CLIENT_ID_BYTES = 16
 
 
@@ -85,8 +85,7 @@ def welcome(
             f"the client ({greeting.software[:60]}) speaks protocol {greeting.protocol}, this server "
             f"{PROTOCOL}: install the same version of splitlearn on both sides"
         )
-    if len(greeting.client) != CLIENT_ID_BYTES:
-        raise MessageError(f"a client's id has {CLIENT_ID_BYTES} bytes, this has {len(greeting.client)}")
+    client_id(greeting.client)
     require_same_model(ours=identity, theirs=identity_from_proto(greeting.fingerprint))
     return pb.Welcome(
         protocol=PROTOCOL,
@@ -99,6 +98,13 @@ def welcome(
         software=f"splitlearn/{__version__}",
         attention=facts.attention,
     )
+
+
+def client_id(client: bytes) -> bytes:
+    """Raises MessageError where it is not one."""
+    if len(client) != CLIENT_ID_BYTES:
+        raise MessageError(f"a client's id has {CLIENT_ID_BYTES} bytes, this has {len(client)}")
+    return client
 
 
 def agreement(answer: pb.Welcome) -> Agreement:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from splitlearn.errors import SplitLearnError
-from splitlearn.vocabulary import Precision, StepKey, Timings, Versions
+from splitlearn.vocabulary import Precision, RunSettings, StepKey, Timings, Versions
 
 # B rows   T tokens   D hidden
 
@@ -51,14 +51,55 @@ class StepMessage:
 
 
 @dataclass(frozen=True, slots=True)
+class OptimizerStep:
+    """Scale the run's gradients, then step; `skip` drops them instead: they overflowed somewhere."""
+
+    gradient_scale: float = 1.0
+    learning_rate: float = 0.0
+    skip: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RunStepMessage:
+    """One step of a run; what it does is its key's phase.
+
+    `tensor_BTD` is the activation at the lower cut (forward, evaluate) or the gradient at the upper
+    cut, times `loss_scale` (backward). `seed` is that of dropout; 0 is none, as in evaluation.
+    """
+
+    key: StepKey
+    tensor_BTD: Tensor | None = None
+    mask_columns_BT: Tensor | None = None
+    positions_BT: Tensor | None = None
+    want_input_gradient: bool = True
+    loss_scale: float = 1.0
+    seed: int = 0
+    optimizer: OptimizerStep | None = None
+    deadline_s: float = 0.0
+
+    @property
+    def rows(self) -> int:
+        return 0 if self.tensor_BTD is None else self.tensor_BTD.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        return 0 if self.tensor_BTD is None else self.tensor_BTD.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
 class AnswerMessage:
-    """What came of a step: an activation (B, T, D), or an error."""
+    """What came of a step: an activation or a gradient (B, T, D), norms of gradients, or an error.
+
+    `norms` are one a weight of the trunk's adapter, in the model's order; -1 where there is no gradient.
+    """
 
     key: StepKey
     activation_BTD: Tensor | None = None
     timings: Timings = Timings()
     versions: Versions = Versions()
     error: SplitLearnError | None = None
+    norms: Tensor | None = None
+    stepped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,3 +146,27 @@ class TrunkFacts:
     kv_bytes_free: int = 0
     sessions: int = 0
     draining: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRun:
+    """Begin a run under this name."""
+
+    name: str
+    settings: RunSettings = RunSettings()
+    start_from: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """Where a run stands: `step` optimizer steps are done, `checkpoints` are those on disk."""
+
+    name: str
+    number: int = 0
+    incarnation: int = 0
+    state: str = ""
+    step: int = 0
+    version: int = 0
+    settings: RunSettings = RunSettings()
+    checkpoints: tuple[int, ...] = ()
+    bytes_on_disk: int = 0

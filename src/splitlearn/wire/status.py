@@ -33,6 +33,9 @@ CLASSES: dict[pb.ErrorCode, type[SplitLearnError]] = {
     pb.STEP_TIMEOUT: errors.StepTimeout,
     pb.NOT_SERVED: errors.NotServed,
     pb.TRUNK_FAILED: errors.TrunkFailed,
+    pb.RUN_LOST: errors.RunLost,
+    pb.TAPE_EXPIRED: errors.TapeExpired,
+    pb.STALE_GRADIENT: errors.StaleGradient,
 }
 CODES = {kind: code for code, kind in CLASSES.items()}
 

@@ -13,7 +13,15 @@ from splitlearn.vocabulary import Phase, Precision, Role, StepKey, Timings, Vers
 from splitlearn.wire.dtypes import dtype_name, dtype_named
 from splitlearn.wire.frames import DTYPE_IDS, DTYPES, FrameFormat, decode_frame, encode_frame
 from splitlearn.wire.generated import splitlearn_pb2 as pb
-from splitlearn.wire.messages import AnswerMessage, CloseMessage, ForkMessage, OpenSession, StepMessage
+from splitlearn.wire.messages import (
+    AnswerMessage,
+    CloseMessage,
+    ForkMessage,
+    OpenSession,
+    OptimizerStep,
+    RunStepMessage,
+    StepMessage,
+)
 from splitlearn.wire.status import error_from_proto, error_to_proto
 
 MAX_POSITION = 1 << 31
@@ -35,11 +43,7 @@ def step_to_proto(step: StepMessage, format: FrameFormat) -> pb.Step:
     )
     if step.open is not None:
         proto.open.CopyFrom(_open_to_proto(step.open))
-    if step.mask_columns_BT is not None:
-        proto.mask_columns.CopyFrom(encode_frame(step.mask_columns_BT, Role.MASK_COLUMNS, format))
-    if step.positions_BT is not None:
-        positions = step.positions_BT.to(torch.int32)
-        proto.positions.CopyFrom(encode_frame(positions, Role.POSITIONS, format))
+    _add_sides(proto, step.mask_columns_BT, step.positions_BT, format)
     return proto
 
 
@@ -72,13 +76,64 @@ def step_from_proto(
     )
 
 
+def run_step_to_proto(step: RunStepMessage, format: FrameFormat) -> pb.Step:
+    """A run's step as it is sent."""
+    proto = pb.Step(
+        key=key_to_proto(step.key),
+        deadline_s=step.deadline_s,
+        want_input_gradient=step.want_input_gradient,
+        loss_scale=step.loss_scale,
+        seed=step.seed,
+    )
+    if step.tensor_BTD is not None:
+        proto.activation.CopyFrom(encode_frame(step.tensor_BTD, _sent(step.key.phase), format))
+    _add_sides(proto, step.mask_columns_BT, step.positions_BT, format)
+    if (optimizer := step.optimizer) is not None:
+        proto.optimizer.gradient_scale = optimizer.gradient_scale
+        proto.optimizer.learning_rate = optimizer.learning_rate
+        proto.optimizer.skip = optimizer.skip
+    return proto
+
+
+def run_step_from_proto(
+    proto: pb.Step, hidden_size: int, limits: WireLimits, *, checksum: bool = True
+) -> RunStepMessage:
+    """The run's step that arrived.
+
+    Raises:
+        FrameError: a tensor is malformed; CorruptFrame: its bytes changed on the way.
+        MessageError: fields contradict each other, or the phase.
+    """
+    key = key_from_proto(proto.key)
+    tensor, rows, tokens = None, 0, 0
+    if key.phase in (Phase.FORWARD, Phase.EVALUATE, Phase.BACKWARD):
+        rows, tokens = _size(proto.activation, limits)
+        tensor = decode_frame(
+            proto.activation, _sent(key.phase), (rows, tokens, hidden_size), checksum=checksum
+        )
+    return RunStepMessage(
+        key=key,
+        tensor_BTD=tensor,
+        mask_columns_BT=_side(proto, "mask_columns", Role.MASK_COLUMNS, rows, tokens, checksum),
+        positions_BT=_positions(proto, rows, tokens, checksum),
+        want_input_gradient=proto.want_input_gradient,
+        loss_scale=_loss_scale(proto),
+        seed=proto.seed,
+        optimizer=_optimizer(proto) if key.phase is Phase.OPTIMIZER_STEP else None,
+        deadline_s=_deadline(proto.deadline_s),
+    )
+
+
 def answer_to_proto(answer: AnswerMessage, format: FrameFormat) -> pb.Answer:
     proto = pb.Answer(key=key_to_proto(answer.key))
     if answer.error is not None:
         proto.error.CopyFrom(error_to_proto(answer.error))
         return proto
     if answer.activation_BTD is not None:
-        proto.activation.CopyFrom(encode_frame(answer.activation_BTD, Role.ACTIVATION, format))
+        proto.activation.CopyFrom(encode_frame(answer.activation_BTD, _sent(answer.key.phase), format))
+    if answer.norms is not None:
+        proto.norms.CopyFrom(encode_frame(answer.norms, Role.NORMS, FrameFormat(checksum=format.checksum)))
+    proto.stepped = answer.stepped
     timings = answer.timings
     proto.timings.queued_us = timings.queued_us
     proto.timings.device_us = timings.device_us
@@ -90,18 +145,22 @@ def answer_to_proto(answer: AnswerMessage, format: FrameFormat) -> pb.Answer:
 
 
 def answer_from_proto(
-    proto: pb.Answer, shape: tuple[int, int, int], *, checksum: bool = True
+    proto: pb.Answer, shape: tuple[int, int, int] | None, *, checksum: bool = True
 ) -> AnswerMessage:
-    """The answer to a step whose activation had this shape (B, T, D)."""
+    """The answer to a step; `shape` (B, T, D) is what its activation must have, None where none is due."""
     key = key_from_proto(proto.key)
     if proto.HasField("error"):
         return AnswerMessage(key, error=error_from_proto(proto.error))
     timings = proto.timings
     return AnswerMessage(
         key=key,
-        activation_BTD=decode_frame(proto.activation, Role.ACTIVATION, shape, checksum=checksum),
+        activation_BTD=decode_frame(proto.activation, _sent(key.phase), shape, checksum=checksum)
+        if shape is not None
+        else None,
         timings=Timings(timings.queued_us, timings.device_us, timings.copied_us),
         versions=Versions(proto.adapter.adapter, proto.adapter.version),
+        norms=_norms(proto, checksum),
+        stepped=proto.stepped,
     )
 
 
@@ -162,6 +221,40 @@ def precision_from_proto(proto: pb.Precision) -> Precision:
     return Precision(
         weights=_name_of(proto.weights), autocast=_name_of(proto.autocast), wire=_name_of(proto.wire)
     )
+
+
+def _sent(phase: Phase) -> Role:
+    """What a step of this phase, and its answer, carry."""
+    return Role.GRADIENT if phase is Phase.BACKWARD else Role.ACTIVATION
+
+
+def _add_sides(
+    proto: pb.Step, mask_columns_BT: Tensor | None, positions_BT: Tensor | None, format: FrameFormat
+) -> None:
+    if mask_columns_BT is not None:
+        proto.mask_columns.CopyFrom(encode_frame(mask_columns_BT, Role.MASK_COLUMNS, format))
+    if positions_BT is not None:
+        positions = positions_BT.to(torch.int32)
+        proto.positions.CopyFrom(encode_frame(positions, Role.POSITIONS, format))
+
+
+def _loss_scale(proto: pb.Step) -> float:
+    if not math.isfinite(proto.loss_scale) or proto.loss_scale < 0:
+        raise MessageError(f"a loss scale of {proto.loss_scale}: it must be a positive number")
+    return proto.loss_scale or 1.0
+
+
+def _optimizer(proto: pb.Step) -> OptimizerStep:
+    step = proto.optimizer
+    if not all(math.isfinite(each) and each >= 0 for each in (step.gradient_scale, step.learning_rate)):
+        raise MessageError("an optimizer step's scale and learning rate are finite numbers, none below 0")
+    return OptimizerStep(step.gradient_scale, step.learning_rate, step.skip)
+
+
+def _norms(proto: pb.Answer, checksum: bool) -> Tensor | None:
+    if not proto.HasField("norms"):
+        return None
+    return decode_frame(proto.norms, Role.NORMS, (None,), checksum=checksum)
 
 
 def _dtype_id(name: str) -> pb.DType:

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from splitlearn.config import BatchingConfig, SessionConfig
 from splitlearn.engine.engine import Engine
 from splitlearn.errors import (
-    NotServed,
+    MessageError,
+    RunLost,
     SessionLost,
     SettingError,
     StepOutOfOrder,
@@ -22,7 +23,14 @@ from splitlearn.model.plan import SplitPlan
 from splitlearn.model.segments import TrunkSegment
 from splitlearn.testing.tiny import tiny_config
 from splitlearn.vocabulary import Phase, Precision, StepKey
-from splitlearn.wire.messages import AnswerMessage, CloseMessage, ForkMessage, OpenSession, StepMessage
+from splitlearn.wire.messages import (
+    AnswerMessage,
+    CloseMessage,
+    ForkMessage,
+    OpenSession,
+    RunStepMessage,
+    StepMessage,
+)
 
 WAIT_S = 20
 ME, YOU = b"me", b"you"
@@ -211,11 +219,11 @@ def test_a_fork_goes_its_own_way(engine, trunk):
         torch.testing.assert_close(result(engine.submit(ME, message)), expected, atol=1e-6, rtol=1e-5)
 
 
-def test_what_this_version_does_not_serve_is_refused(engine):
+def test_what_no_session_and_no_run_of_this_server_does_is_refused(engine):
     engine.start()
-    with pytest.raises(NotServed):
-        result(engine.submit(ME, StepMessage(StepKey(run=1, step=1), tokens(1))))
-    with pytest.raises(NotServed):
+    with pytest.raises(RunLost):
+        result(engine.submit(ME, RunStepMessage(StepKey(run=1, step=1), tokens(1))))
+    with pytest.raises(MessageError, match="belong to a run"):
         result(engine.submit(ME, StepMessage(StepKey(session=1, step=1, phase=Phase.BACKWARD), tokens(1))))
     opening = OpenSession(precision=Precision(weights="bfloat16"))
     with pytest.raises(SettingError, match="float32"):

@@ -74,13 +74,11 @@ def test_a_server_describes_itself(server):
 @pytest.mark.parametrize(
     ("call", "request_message"),
     [
-        ("OpenRun", pb.OpenRunRequest()),
-        ("DeleteRun", pb.RunRequest()),
         ("UnloadAdapter", pb.AdapterRequest()),
         ("LoadAdapter", iter([pb.AdapterPart()])),
     ],
 )
-def test_what_belongs_to_training_is_not_served(server, call, request_message):
+def test_what_belongs_to_later_versions_is_not_served(server, call, request_message):
     with stub(server) as trunk, pytest.raises(grpc.RpcError) as refused:
         getattr(trunk, call)(request_message, timeout=DEADLINE_S)
     assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED

@@ -74,6 +74,9 @@ class ErrorCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STEP_TIMEOUT: _ClassVar[ErrorCode]
     NOT_SERVED: _ClassVar[ErrorCode]
     TRUNK_FAILED: _ClassVar[ErrorCode]
+    RUN_LOST: _ClassVar[ErrorCode]
+    TAPE_EXPIRED: _ClassVar[ErrorCode]
+    STALE_GRADIENT: _ClassVar[ErrorCode]
 DTYPE_UNSPECIFIED: DType
 FLOAT32: DType
 BFLOAT16: DType
@@ -124,6 +127,9 @@ KV_BUDGET_EXCEEDED: ErrorCode
 STEP_TIMEOUT: ErrorCode
 NOT_SERVED: ErrorCode
 TRUNK_FAILED: ErrorCode
+RUN_LOST: ErrorCode
+TAPE_EXPIRED: ErrorCode
+STALE_GRADIENT: ErrorCode
 
 class CodecParameters(_message.Message):
     __slots__ = ("group_size", "bits", "ratio", "scales")

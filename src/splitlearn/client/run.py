@@ -1,0 +1,173 @@
+"""The client's end of a training run: numbers its steps, and knows which gradients the trunk still holds."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import replace
+
+import xxhash
+from torch import Tensor
+
+from splitlearn.client.transport import Transport
+from splitlearn.errors import TapeExpired, UnappliedGradients
+from splitlearn.vocabulary import Phase, RunSettings, StepKey, Timings
+from splitlearn.wire.messages import AnswerMessage, OptimizerStep, RunFacts, RunStepMessage
+
+# B rows   T tokens   D hidden
+
+log = logging.getLogger("splitlearn")
+
+
+class ClientRun:
+    """Forwards and backwards may be several at once; optimizer steps come between them.
+
+    `accumulation` microbatches may be backward before an optimizer step is due; one more is an error,
+    because then nobody seems to step the trunk.
+    """
+
+    def __init__(
+        self, transport: Transport, facts: RunFacts, settings: RunSettings, deadline_s: float
+    ) -> None:
+        self.name, self.number, self.incarnation = facts.name, facts.number, facts.incarnation
+        self.step, self.version = facts.step, facts.version
+        self.settings = settings
+        self.accumulation = settings.accumulation
+        self.loss_scale = 1.0
+        self.forwarded_again = 0
+        self.last_timings = Timings()
+        self._transport = transport
+        self._deadline_s = deadline_s
+        self._lock = threading.Lock()
+        self._next_microbatch = 0
+        self._unapplied = 0
+
+    @property
+    def unapplied(self) -> int:
+        """Microbatches whose gradients the trunk holds and no optimizer step has used."""
+        return self._unapplied
+
+    def forward(
+        self,
+        activation_BTD: Tensor,
+        mask_BT: Tensor | None,
+        positions_BT: Tensor | None,
+        *,
+        training: bool,
+        want_input_gradient: bool,
+    ) -> tuple[RunStepMessage, Tensor]:
+        """What was asked, for `backward`; and the activation (B, T, D) at the upper cut.
+
+        Raises:
+            UnappliedGradients: the trunk's gradients of a whole accumulation wait for an optimizer step.
+        """
+        if self._unapplied >= self.accumulation:
+            raise UnappliedGradients(
+                f"the trunk holds the gradients of {self._unapplied} microbatches that no optimizer step has "
+                "used: train with SplitTrainer (or SplitTrainerMixin), or call model.trunk.step() after each "
+                "optimizer.step(); for more microbatches a step set model.trunk.run.accumulation"
+            )
+        with self._lock:
+            microbatch, self._next_microbatch = self._next_microbatch, self._next_microbatch + 1
+        key = self._key(Phase.FORWARD, microbatch)
+        asked = RunStepMessage(
+            key=key,
+            tensor_BTD=activation_BTD,
+            mask_columns_BT=mask_BT,
+            positions_BT=positions_BT,
+            want_input_gradient=want_input_gradient,
+            seed=self._seed(key) if training else 0,
+            deadline_s=self._deadline_s,
+        )
+        return asked, _tensor_of(self._ask(asked))
+
+    def backward(self, forward: RunStepMessage, gradient_BTD: Tensor) -> Tensor | None:
+        """The gradient (B, T, D) at the lower cut, where it was wanted; the trunk's own stay there."""
+        asked = RunStepMessage(
+            key=replace(forward.key, phase=Phase.BACKWARD),
+            tensor_BTD=gradient_BTD,
+            want_input_gradient=forward.want_input_gradient,
+            loss_scale=self.loss_scale,
+            deadline_s=self._deadline_s,
+        )
+        try:
+            answer = self._ask(asked)
+        except TapeExpired:
+            self._count_forward_again()
+            self._ask(forward)
+            answer = self._ask(asked)
+        with self._lock:
+            self._unapplied += 1
+        return answer.activation_BTD
+
+    def evaluate(self, activation_BTD: Tensor, mask_BT: Tensor | None, positions_BT: Tensor | None) -> Tensor:
+        """The activation (B, T, D) at the upper cut, with the adapter as it is now; no graph is kept."""
+        return _tensor_of(
+            self._ask(
+                RunStepMessage(
+                    key=self._key(Phase.EVALUATE, self._take_number()),
+                    tensor_BTD=activation_BTD,
+                    mask_columns_BT=mask_BT,
+                    positions_BT=positions_BT,
+                    want_input_gradient=False,
+                    deadline_s=self._deadline_s,
+                )
+            )
+        )
+
+    def gradient_norms(self) -> Tensor:
+        """(n,): the norm of each trunk weight's gradient in the model's order, -1 where there is none."""
+        answer = self._ask(RunStepMessage(key=self._key(Phase.GRADIENT_NORMS), deadline_s=self._deadline_s))
+        assert answer.norms is not None
+        return answer.norms
+
+    def apply(self, scale: float, learning_rate: float, *, skip: bool = False) -> None:
+        """Have the trunk's optimizer step, or drop what has been accumulated."""
+        self._ask(
+            RunStepMessage(
+                key=self._key(Phase.OPTIMIZER_STEP),
+                optimizer=OptimizerStep(scale, learning_rate, skip),
+                deadline_s=self._deadline_s,
+            )
+        )
+        with self._lock:
+            self.step += 1
+            self._next_microbatch = self._unapplied = 0
+
+    def _ask(self, message: RunStepMessage) -> AnswerMessage:
+        answer = self._transport.run_step(message)
+        self.version = answer.versions.version
+        self.last_timings = answer.timings
+        return answer
+
+    def _key(self, phase: Phase, microbatch: int = 0) -> StepKey:
+        return StepKey(
+            run=self.number,
+            incarnation=self.incarnation,
+            step=self.step + 1,
+            microbatch=microbatch,
+            phase=phase,
+        )
+
+    def _take_number(self) -> int:
+        with self._lock:
+            self._next_microbatch += 1
+            return self._next_microbatch - 1
+
+    def _seed(self, key: StepKey) -> int:
+        """Of dropout: the same whenever this microbatch is forwarded; never 0, which is none."""
+        name = f"{self.settings.seed}/{key.step}/{key.microbatch}".encode()
+        return xxhash.xxh3_64_intdigest(name) | 1
+
+    def _count_forward_again(self) -> None:
+        self.forwarded_again += 1
+        if self.forwarded_again == 1:
+            log.warning(
+                "the trunk no longer had what a forward kept, and forwards again by itself; if that happens "
+                "often, start the server with a larger --tape-budget"
+            )
+
+
+def _tensor_of(answer: AnswerMessage) -> Tensor:
+    assert answer.activation_BTD is not None
+    return answer.activation_BTD

@@ -1,0 +1,121 @@
+"""Making a client's model ready to be trained: LoRA on bottom and top, and a run planned on the trunk."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from splitlearn.client.remote_trunk import RemoteTrunk
+from splitlearn.errors import SettingError
+from splitlearn.model.lora import add_lora, settings_of
+from splitlearn.vocabulary import LoraSettings, RunSettings
+from splitlearn.wire.messages import OpenRun
+
+ADAPTER = "default"
+PARTS = ("bottom", "trunk", "top")
+NOT_TRAINED = LoraSettings(r=0)
+CLIP_EPSILON = 1e-6
+
+
+def prepare_training(
+    model: PreTrainedModel, lora: LoraConfig | None, run: str | None, freeze: Collection[str], seed: int
+) -> None:
+    """Put LoRA on bottom and top, and plan the trunk's run; without `lora` and `freeze` nothing is done.
+
+    Raises:
+        SettingError: `freeze` names no part, or leaves nothing to train.
+        AdapterError: the LoRA settings cannot be used.
+    """
+    if unknown := set(freeze) - set(PARTS):
+        raise SettingError(f"freeze names {', '.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
+    if lora is None and "trunk" not in freeze:
+        if freeze or run is not None:
+            raise SettingError(
+                "give lora=LoraConfig(...) to train the trunk, or freeze=['trunk'] to leave it be"
+            )
+        return
+    settings = NOT_TRAINED
+    if lora is not None:
+        settings = settings_of(lora, model.config.model_type)
+        add_lora(model, settings, ADAPTER, seed)
+        model._hf_peft_config_loaded = True  # what transformers' own add_adapter notes
+    trunk = trunk_of(model)
+    for part, parameter in parts_of(model, trunk):
+        if part in freeze:
+            parameter.requires_grad_(False)
+    asked = NOT_TRAINED if "trunk" in freeze else settings
+    name = run or f"run-{secrets.token_hex(8)}"
+    trunk.planned = OpenRun(name, RunSettings(lora=asked, seed=seed))
+
+
+def trunk_of(model: nn.Module) -> RemoteTrunk:
+    """The remote layer of a split model, whatever wraps the model.
+
+    Raises:
+        SettingError: this is no split model.
+    """
+    for module in model.modules():
+        if isinstance(module, RemoteTrunk):
+            return module
+    raise SettingError("this is no split model: load it with AutoSplitModelForCausalLM.from_pretrained")
+
+
+def parts_of(model: nn.Module, trunk: RemoteTrunk) -> Iterator[tuple[str, nn.Parameter]]:
+    """Each parameter of the client once, in the whole model's order, as ("bottom" | "top", parameter)."""
+    part, seen = "bottom", set()
+    for module in model.modules():
+        if module is trunk:
+            part = "top"
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield part, parameter
+
+
+def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
+    """Clip the gradients of bottom, trunk and top by their common norm, as torch does on a whole model.
+
+    The trunk's norms come over the wire one a weight and take their places among the client's, so
+    that the sum is taken in the whole model's order: the result is torch's, bit for bit. The trunk
+    scales its gradients with its next optimizer step.
+
+    Args:
+        model: a split model, wrapped or not.
+        max_norm: the 2-norm that the gradients may have together.
+
+    Returns:
+        Their norm before (a scalar); not finite where one of them is not.
+    """
+    trunk = trunk_of(model)
+    below, above = (
+        [each.grad for part, each in parts_of(model, trunk) if part == side and each.grad is not None]
+        for side in ("bottom", "top")
+    )
+    device = next((gradient.device for gradient in (*below, *above)), torch.device("cpu"))
+    between = trunk.grad_norms()
+    norms = [*_norms(below), *between[between != -1].to(device).unbind(), *_norms(above)]
+    if not norms:
+        return torch.zeros(())
+    total = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]))
+    scale = torch.clamp(max_norm / (total + CLIP_EPSILON), max=1.0)
+    for gradient in (*below, *above):
+        gradient.mul_(scale.to(gradient.device))
+    trunk.gradient_scale = float(scale)
+    return total
+
+
+def _norms(gradients: list[Tensor]) -> list[Tensor]:
+    return list(torch._foreach_norm(gradients, 2.0)) if gradients else []
+
+
+def plan_run(trunk: RemoteTrunk, **settings: object) -> None:
+    """Change what the run will be opened with (fields of `RunSettings`), as long as it is not open."""
+    if trunk.planned is not None and not trunk.is_training:
+        planned = trunk.planned
+        trunk.planned = replace(planned, settings=replace(planned.settings, **settings))  # type: ignore[arg-type]

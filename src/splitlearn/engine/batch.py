@@ -1,0 +1,64 @@
+"""Several sessions' steps as one forward of the trunk."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from splitlearn.engine.batch_plan import BatchPlan
+from splitlearn.engine.ready_step import ReadyStep
+from splitlearn.engine.runner import Ran, Runner
+from splitlearn.engine.session import Session
+
+
+def run_batch(runner: Runner, batch: list[ReadyStep], dtype: torch.dtype) -> tuple[BatchPlan | None, Ran]:
+    """Forward of the batch; a lone step without a session has no plan."""
+    messages = [member.step.message for member in batch]
+    if batch[0].session is None:
+        lone = messages[0]
+        return None, runner.run_without_cache(lone.activation_BTD, lone.mask_columns_BT, lone.positions_BT)
+    plan = _plan_of(batch)
+    first = batch[0].session
+    ran = runner.run(
+        plan,
+        torch.cat([message.activation_BTD.to(dtype) for message in messages])
+        if len(messages) > 1
+        else messages[0].activation_BTD,
+        _positions_of(batch),
+        padded=any(_session_of(member).padded for member in batch),
+        adapter=first.adapter,
+        autocast=first.precision.autocast,
+    )
+    return plan, ran
+
+
+def _plan_of(batch: list[ReadyStep]) -> BatchPlan:
+    sessions = [_session_of(member) for member in batch]
+    return BatchPlan(
+        steps=tuple(member.step.message.key.step for member in batch),
+        step_rows=tuple(session.rows for session in sessions),
+        slots=tuple(slot for session in sessions for slot in session.slots),
+        lengths=tuple(session.length for session in sessions for _ in session.slots),
+        tokens=batch[0].step.message.tokens,
+        adapter_slots=(0,) * sum(session.rows for session in sessions),
+    )
+
+
+def _positions_of(batch: list[ReadyStep]) -> Tensor | None:
+    """None where every row's positions go on from its length."""
+    if all(member.step.message.positions_BT is None for member in batch):
+        return None
+    return torch.cat([_row_positions(member) for member in batch])
+
+
+def _row_positions(member: ReadyStep) -> Tensor:
+    message = member.step.message
+    if message.positions_BT is not None:
+        return message.positions_BT
+    start = _session_of(member).length
+    return torch.arange(start, start + message.tokens).expand(message.rows, message.tokens)
+
+
+def _session_of(member: ReadyStep) -> Session:
+    assert member.session is not None
+    return member.session

@@ -1,0 +1,171 @@
+"""Runs on disk: a checkpoint is written whole or not at all, and read only if it is what was written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from splitlearn.errors import CheckpointError
+from splitlearn.vocabulary import LoraSettings, OptimizerSettings, Precision, RunSettings, TapeSettings
+
+FORMAT = 1
+WEIGHTS, OPTIMIZER, NOTE = "adapter.safetensors", "optimizer.safetensors", "run.json"
+STEP_FOLDER = re.compile(r"step-(\d{8})")
+DIGEST_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class RunSnapshot:
+    """A run as it stood after `step` optimizer steps: copies, on the CPU."""
+
+    name: str
+    step: int
+    version: int
+    skipped: int
+    settings: RunSettings
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+
+
+class RunStore:
+    """Checkpoints below one folder, `NAME/step-NNNNNNNN` each. Called by any thread but the engine's."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def steps(self, name: str) -> tuple[int, ...]:
+        """The steps at which this run has a checkpoint, oldest first."""
+        return tuple(sorted(step for step, _ in self._checkpoints(name)))
+
+    def names(self) -> list[str]:
+        if not self._folder.is_dir():
+            return []
+        return sorted(each.name for each in self._folder.iterdir() if self.steps(each.name))
+
+    def write(self, snapshot: RunSnapshot) -> None:
+        """Raises CheckpointError where it cannot be written; what was there before stays as it is."""
+        target = self._folder / snapshot.name / f"step-{snapshot.step:08d}"
+        unfinished = target.with_name(f"unfinished-{secrets.token_hex(8)}")
+        try:
+            unfinished.mkdir(parents=True)
+            save_file(dict(snapshot.weights), unfinished / WEIGHTS)
+            save_file(dict(snapshot.optimizer), unfinished / OPTIMIZER)
+            note = {
+                "format": FORMAT,
+                "step": snapshot.step,
+                "version": snapshot.version,
+                "skipped": snapshot.skipped,
+                "settings": asdict(snapshot.settings),
+                "digests": {name: _digest(unfinished / name) for name in (WEIGHTS, OPTIMIZER)},
+            }
+            (unfinished / NOTE).write_text(json.dumps(note, indent=1))
+            for file in unfinished.iterdir():
+                sync(file)
+            shutil.rmtree(target, ignore_errors=True)
+            unfinished.rename(target)
+            sync(target.parent)
+        except OSError as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise CheckpointError(
+                f"step {snapshot.step} of run {snapshot.name} could not be saved ({error.strerror}): "
+                "make room in the server's --state-dir; the checkpoint before it is still there"
+            ) from None
+
+    def read(self, name: str, step: int) -> RunSnapshot:
+        """Raises CheckpointError where it is not there, torn, changed, or of a newer version."""
+        folder = self._folder / name / f"step-{step:08d}"
+        try:
+            note = json.loads((folder / NOTE).read_text())
+            if note["format"] > FORMAT:
+                raise CheckpointError(
+                    f"step {step} of run {name} was written by a newer version of splitlearn: update this one"
+                )
+            for file, digest in note["digests"].items():
+                if _digest(folder / file) != digest:
+                    raise CheckpointError(_torn(name, step))
+            weights, optimizer = load_file(folder / WEIGHTS), load_file(folder / OPTIMIZER)
+            settings = _settings(note["settings"])
+            return RunSnapshot(
+                name, note["step"], note["version"], note["skipped"], settings, weights, optimizer
+            )
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"run {name} has no checkpoint of step {step} here; it has {list(self.steps(name)) or 'none'}"
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            raise CheckpointError(_torn(name, step)) from None
+
+    def forget_before(self, name: str, step: int) -> None:
+        """Both sides hold this step: older checkpoints, and writes that never ended, may go."""
+        for older, folder in self._checkpoints(name):
+            if older < step:
+                shutil.rmtree(folder, ignore_errors=True)
+        for unfinished in (self._folder / name).glob("unfinished-*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    def delete(self, name: str) -> int:
+        """Remove all that the run has on disk; the bytes that this frees."""
+        freed = self.bytes(name)
+        shutil.rmtree(self._folder / name, ignore_errors=True)
+        return freed
+
+    def bytes(self, name: str) -> int:
+        return sum(file.stat().st_size for file in (self._folder / name).rglob("*") if file.is_file())
+
+    def _checkpoints(self, name: str) -> Iterator[tuple[int, Path]]:
+        folder = self._folder / name
+        if folder.is_dir():
+            for each in folder.iterdir():
+                if (found := STEP_FOLDER.fullmatch(each.name)) and (each / NOTE).is_file():
+                    yield int(found[1]), each
+
+
+def sync(path: Path) -> None:
+    """Have a file's bytes, or a folder's names, on the disk before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digest(file: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as content:
+        while piece := content.read(DIGEST_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _settings(told: dict[str, Any]) -> RunSettings:
+    lora = dict(told["lora"])
+    for name in ("target_modules", "exclude_modules"):
+        lora[name] = tuple(lora[name])
+    return RunSettings(
+        **{
+            **told,
+            "lora": LoraSettings(**lora),
+            "optimizer": OptimizerSettings(**told["optimizer"]),
+            "tape": TapeSettings(**told["tape"]),
+            "precision": Precision(**told["precision"]),
+        }
+    )
+
+
+def _torn(name: str, step: int) -> str:
+    return (
+        f"the checkpoint of step {step} of run {name} is torn or was changed since it was written: "
+        "go back to an older one"
+    )

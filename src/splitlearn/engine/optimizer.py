@@ -1,0 +1,54 @@
+"""The trunk's optimizer: torch's own, over a run's float32 weights, by the names that the library has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from splitlearn.errors import SettingError
+from splitlearn.vocabulary import OptimizerSettings
+
+
+def build(settings: OptimizerSettings, weights: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """The same optimizer that `TrainingArguments(optim=settings.name)` builds on a whole model."""
+    require_known(settings)
+    return BUILDERS[settings.name](settings, weights)
+
+
+def require_known(settings: OptimizerSettings) -> None:
+    """Raises SettingError where it is none of those that are served."""
+    if settings.name not in BUILDERS:
+        raise SettingError(
+            f"the trunk has no optimizer {settings.name!r}: use optim= one of {', '.join(sorted(BUILDERS))}"
+        )
+
+
+def _adamw(settings: OptimizerSettings, weights: Sequence[Tensor], **how: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        weights,
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+        **how,
+    )
+
+
+def _sgd(settings: OptimizerSettings, weights: Sequence[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(
+        weights,
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
+
+
+BUILDERS: Mapping[str, Callable[[OptimizerSettings, Sequence[Tensor]], torch.optim.Optimizer]] = {
+    "adamw_torch": _adamw,
+    "adamw_torch_fused": partial(_adamw, fused=True),
+    "sgd": _sgd,
+}

@@ -1,0 +1,210 @@
+"""One LoRA training on the trunk: float32 masters, their optimizer, and the versions they publish."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from splitlearn.engine import optimizer
+from splitlearn.engine.checkpoint import RunSnapshot
+from splitlearn.engine.trunk_state import AdapterVersion
+from splitlearn.errors import CheckpointError, MessageError, StepOutOfOrder
+from splitlearn.vocabulary import RunSettings
+from splitlearn.wire.messages import AnswerMessage, OptimizerStep, RunFacts
+
+KEPT_ANSWERS = 8
+NO_GRADIENT = -1.0
+STATE_OF = "|"
+
+Microbatch = tuple[int, int]
+
+
+class Run:
+    """Changed by the engine's thread alone.
+
+    `step` optimizer steps are done, skipped ones included; `version` counts those that changed the weights.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        number: int,
+        settings: RunSettings,
+        slot: str | None,
+        weights: dict[str, Tensor],
+        client: bytes,
+    ) -> None:
+        self.name, self.number, self.settings = name, number, settings
+        self.client = client
+        self.incarnation = 1
+        self.step = 0
+        self.slot = slot
+        self.masters = {name: weight.requires_grad_() for name, weight in weights.items()}
+        self.optimizer = optimizer.build(settings.optimizer, self._weights) if weights else None
+        self.current = self._published(0)
+        self.skipped = 0
+        self._gradients: list[Tensor | None] = [None] * len(weights)
+        self._answers: OrderedDict[Microbatch, AnswerMessage] = OrderedDict()
+        self._last_step: AnswerMessage | None = None
+
+    @property
+    def version(self) -> int:
+        return self.current.number
+
+    @property
+    def next_step(self) -> int:
+        return self.step + 1
+
+    def facts(self) -> RunFacts:
+        return RunFacts(
+            self.name, self.number, self.incarnation, "open", self.step, self.version, self.settings
+        )
+
+    def rejoin(self, client: bytes) -> None:
+        """A newer incarnation takes over: what the older one half accumulated is discarded."""
+        self.client = client
+        self.incarnation += 1
+        self._forget_gradients()
+        self._answers.clear()
+        self._last_step = None
+
+    def snapshot(self) -> RunSnapshot:
+        """Copies of all that the run is, to be written elsewhere."""
+        return RunSnapshot(
+            self.name,
+            self.step,
+            self.version,
+            self.skipped,
+            self.settings,
+            {name: master.detach().cpu().clone() for name, master in self.masters.items()},
+            dict(self._optimizer_state()),
+        )
+
+    @torch.no_grad()
+    def restore(self, snapshot: RunSnapshot) -> None:
+        """Become what the snapshot was; gradients that have come since are discarded.
+
+        Raises:
+            CheckpointError: it has other weights.
+        """
+        shapes = {name: master.shape for name, master in self.masters.items()}
+        if {name: weight.shape for name, weight in snapshot.weights.items()} != shapes:
+            raise CheckpointError(
+                f"the checkpoint of run {self.name} is of another adapter: use its LoRA settings"
+            )
+        for name, master in self.masters.items():
+            master.copy_(snapshot.weights[name])
+        if self.optimizer is not None:
+            state: dict[int, dict[str, Tensor]] = defaultdict(dict)
+            places = {name: place for place, name in enumerate(self.masters)}
+            for key, value in snapshot.optimizer.items():
+                name, _, kind = key.rpartition(STATE_OF)
+                state[places[name]][kind] = value
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
+        self.step, self.skipped = snapshot.step, snapshot.skipped
+        self.current = self._published(snapshot.version)
+        self._forget_gradients()
+        self._answers.clear()
+        self._last_step = None
+
+    def _optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
+        for name, master in self.masters.items():
+            state = self.optimizer.state.get(master, {}) if self.optimizer is not None else {}
+            for kind, value in state.items():
+                if isinstance(value, Tensor):
+                    yield f"{name}{STATE_OF}{kind}", value.detach().cpu().clone()
+
+    def accumulate(self, gradients: Sequence[Tensor | None], loss_scale: float) -> None:
+        """Add a microbatch's gradients, in the order of the weights; the scale is taken out first."""
+        for index, gradient in enumerate(gradients):
+            if gradient is None:
+                continue
+            unscaled = gradient.float() if loss_scale == 1.0 else gradient.float() * (1.0 / loss_scale)
+            held = self._gradients[index]
+            self._gradients[index] = unscaled if held is None else held + unscaled
+
+    def gradients(self) -> dict[str, Tensor | None]:
+        """What has been accumulated since the last step, by the weights' names."""
+        return dict(zip(self.masters, self._gradients, strict=True))
+
+    def gradient_norms(self) -> Tensor:
+        """The 2-norm of each weight's gradient (n,), as torch clips by them; -1 where there is none."""
+        there = [gradient for gradient in self._gradients if gradient is not None]
+        norms = iter(torch._foreach_norm(there, 2.0) if there else [])
+        absent = torch.tensor(NO_GRADIENT)
+        return torch.stack(
+            [absent if gradient is None else next(norms).cpu() for gradient in self._gradients]
+            or [torch.empty(())]
+        )[: len(self._gradients)]
+
+    def apply(self, asked: OptimizerStep) -> None:
+        """Step with what has been accumulated, and publish the weights as a new version.
+
+        Raises:
+            MessageError: no gradient has come since the last step.
+        """
+        if not asked.skip and self.optimizer is not None:
+            self._step(asked, self.optimizer)
+            self.current = self._published(self.version + 1)
+        self.skipped += asked.skip
+        self.step += 1
+        self._forget_gradients()
+
+    def kept_answer(self, microbatch: Microbatch) -> AnswerMessage | None:
+        """The answer to a backward that was done already."""
+        return self._answers.get(microbatch)
+
+    def keep_answer(self, microbatch: Microbatch, answer: AnswerMessage) -> None:
+        self._answers[microbatch] = answer
+        while len(self._answers) > KEPT_ANSWERS:
+            self._answers.popitem(last=False)
+
+    def kept_step(self, step: int) -> AnswerMessage | None:
+        """The answer to an optimizer step that was done already; None where it is the next one.
+
+        Raises:
+            StepOutOfOrder: it is neither.
+        """
+        last = self._last_step
+        if step == self.step and last is not None and last.key.step == step:
+            return last
+        self.require_next(step)
+        return None
+
+    def keep_step(self, answer: AnswerMessage) -> None:
+        self._last_step = answer
+
+    def require_next(self, step: int) -> None:
+        """Raises StepOutOfOrder where a step is not the one that comes next."""
+        if step != self.next_step:
+            raise StepOutOfOrder(
+                f"step {step} of run {self.name} cannot be done: the next is step {self.next_step}",
+                facts={"current_step": self.next_step, "current_version": self.version},
+            )
+
+    @property
+    def _weights(self) -> list[Tensor]:
+        return list(self.masters.values())
+
+    def _step(self, asked: OptimizerStep, optimizer: torch.optim.Optimizer) -> None:
+        if all(gradient is None for gradient in self._gradients):
+            raise MessageError(
+                f"step {self.next_step} of run {self.name} has no gradients: run a backward first"
+            )
+        for weight, gradient in zip(self._weights, self._gradients, strict=True):
+            weight.grad = None if gradient is None else gradient.mul_(asked.gradient_scale)
+        for group in optimizer.param_groups:
+            group["lr"] = asked.learning_rate
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def _published(self, number: int) -> AdapterVersion:
+        weights = {name: master.detach().clone().requires_grad_() for name, master in self.masters.items()}
+        return AdapterVersion(self.name, self.slot, number, weights)
+
+    def _forget_gradients(self) -> None:
+        self._gradients = [None] * len(self._gradients)

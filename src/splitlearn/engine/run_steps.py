@@ -1,0 +1,233 @@
+"""Does a run's steps on the trunk: forward, backward, norms, optimizer step, evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from splitlearn.engine.run import Run
+from splitlearn.engine.tape import Tape, TapeEntry
+from splitlearn.engine.trunk_state import AdapterVersion, TrunkState
+from splitlearn.errors import MessageError, StaleGradient
+from splitlearn.model.segments import TrunkSegment
+from splitlearn.vocabulary import Phase, RunSettings, Versions
+from splitlearn.wire.dtypes import dtype_named
+from splitlearn.wire.messages import AnswerMessage, RunStepMessage
+
+# B rows   T tokens   D hidden
+
+Shape = tuple[object, ...]
+
+
+class RunSteps:
+    """Belongs to the engine's thread. A step that was done already is answered from what was kept."""
+
+    def __init__(
+        self, trunk: TrunkSegment, state: TrunkState, tape: Tape, *, lease_s: float, staleness_limit: int
+    ) -> None:
+        self._trunk = trunk
+        self._state = state
+        self._tape = tape
+        self._lease_s = lease_s
+        self._staleness_limit = staleness_limit
+        self._graph_bytes: dict[Shape, int] = {}
+
+    def do(self, run: Run, asked: RunStepMessage) -> AnswerMessage:
+        """The answer to one step.
+
+        Raises:
+            StepOutOfOrder: it is not the step that comes next.
+            TapeExpired, StaleGradient: its forward is gone, or too old.
+            ResourceExhausted: the tape has no room for it.
+            MessageError: it lacks something.
+        """
+        match asked.key.phase:
+            case Phase.FORWARD:
+                return self._forward(run, asked)
+            case Phase.BACKWARD:
+                return self._backward(run, asked)
+            case Phase.GRADIENT_NORMS:
+                return self._norms(run, asked)
+            case Phase.OPTIMIZER_STEP:
+                return self._optimizer_step(run, asked)
+            case Phase.EVALUATE:
+                return self._evaluate(run, asked)
+
+    def _forward(self, run: Run, asked: RunStepMessage) -> AnswerMessage:
+        run.require_next(asked.key.step)
+        key = (run.number, asked.key.step, asked.key.microbatch)
+        entry = self._tape.get(key)
+        if entry is not None and entry.output_BTD is not None:
+            return self._answer(run, asked, entry.output_BTD)
+        assert asked.tensor_BTD is not None
+        shape = _shape_of(run.settings, asked)
+        self._tape.require_room(asked.tensor_BTD.nbytes + self._graph_bytes.get(shape, 0))
+        entry = TapeEntry(asked, run.current, asked.tensor_BTD.nbytes, time.monotonic() + self._lease_s)
+        if run.settings.tape.recompute:
+            with torch.no_grad():
+                output_BTD, _ = self._run_trunk(run.settings, asked, run.current)
+        else:
+            with self._counting(shape):
+                output_BTD, entry.input_BTD = self._run_trunk(run.settings, asked, run.current)
+            entry.output_BTD = output_BTD
+            entry.bytes += self._graph_bytes[shape]
+        self._tape.put(key, entry)
+        return self._answer(run, asked, output_BTD)
+
+    def _backward(self, run: Run, asked: RunStepMessage) -> AnswerMessage:
+        microbatch = (asked.key.step, asked.key.microbatch)
+        if (kept := run.kept_answer(microbatch)) is not None:
+            return kept
+        entry = self._tape.take((run.number, *microbatch))
+        age = run.version - entry.adapter.number
+        if age > self._staleness_limit:
+            raise StaleGradient(
+                f"this gradient's forward used version {entry.adapter.number}, run {run.name} is at "
+                f"{run.version}, and {self._staleness_limit} steps between them are allowed: forward again",
+                facts={"current_version": run.version, "staleness": age},
+            )
+        gradient_BTD, gradients = self._gradients(run, entry, asked)
+        run.accumulate(gradients, asked.loss_scale)
+        answer = self._answer(run, asked, gradient_BTD)
+        run.keep_answer(microbatch, answer)
+        return answer
+
+    def _gradients(
+        self, run: Run, entry: TapeEntry, asked: RunStepMessage
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """With respect to the input, where it is wanted, and to each weight in the run's order."""
+        output_BTD, input_BTD = entry.output_BTD, entry.input_BTD
+        if output_BTD is None:
+            output_BTD, input_BTD = self._run_trunk(run.settings, entry.asked, entry.adapter)
+        # A recomputed layer runs now, so it must find what its forward found.
+        self._set(run.settings, entry.asked, entry.adapter)
+        wanted: list[Tensor] = list(entry.adapter.weights.values())
+        if asked.want_input_gradient:
+            assert input_BTD is not None
+            wanted = [input_BTD, *wanted]
+        if not wanted:
+            return None, []
+        assert asked.tensor_BTD is not None
+        gradient_BTD = asked.tensor_BTD.to(output_BTD.device, output_BTD.dtype)
+        if gradient_BTD.shape != output_BTD.shape:
+            raise MessageError(
+                f"a gradient of shape {list(gradient_BTD.shape)} for an activation of "
+                f"{list(output_BTD.shape)}"
+            )
+        found: list[Tensor | None] = [
+            *torch.autograd.grad(output_BTD, wanted, gradient_BTD, allow_unused=True)
+        ]
+        return (found.pop(0) if asked.want_input_gradient else None), found
+
+    def _norms(self, run: Run, asked: RunStepMessage) -> AnswerMessage:
+        run.require_next(asked.key.step)
+        return AnswerMessage(asked.key, norms=run.gradient_norms(), versions=Versions(run.name, run.version))
+
+    def _optimizer_step(self, run: Run, asked: RunStepMessage) -> AnswerMessage:
+        if (kept := run.kept_step(asked.key.step)) is not None:
+            return kept
+        if asked.optimizer is None:
+            raise MessageError("an optimizer step says by what to scale the gradients, and its learning rate")
+        run.apply(asked.optimizer)
+        answer = AnswerMessage(
+            asked.key, versions=Versions(run.name, run.version), stepped=not asked.optimizer.skip
+        )
+        run.keep_step(answer)
+        return answer
+
+    def _evaluate(self, run: Run, asked: RunStepMessage) -> AnswerMessage:
+        with torch.no_grad():
+            output_BTD, _ = self._run_trunk(run.settings, asked, run.current)
+        return self._answer(run, asked, output_BTD)
+
+    def _run_trunk(
+        self, settings: RunSettings, asked: RunStepMessage, adapter: AdapterVersion
+    ) -> tuple[Tensor, Tensor]:
+        """The activation at the upper cut, and the input that it was computed from."""
+        assert asked.tensor_BTD is not None
+        self._set(settings, asked, adapter)
+        autocast = settings.precision.autocast
+        device = self._trunk.device
+        # Under autocast the state between layers keeps the precision that it arrives in.
+        input_BTD = asked.tensor_BTD.to(device, None if autocast else self._trunk.dtype)
+        # A leaf of its own: what arrived may be asked for again.
+        input_BTD = input_BTD.detach().clone().requires_grad_(asked.want_input_gradient)
+        mask_BT, positions_BT = asked.mask_columns_BT, asked.positions_BT
+        rows, tokens = input_BTD.shape[:2]
+        if positions_BT is None:
+            positions_BT = torch.arange(tokens).expand(rows, tokens)
+        kind = dtype_named(autocast) if autocast else None
+        with _seeded(asked.seed, device), torch.autocast(device.type, kind, enabled=kind is not None):
+            output_BTD = self._trunk(
+                input_BTD,
+                attention_mask=None if mask_BT is None else mask_BT.long().to(device),
+                position_ids=positions_BT.to(device),
+            )
+        return output_BTD, input_BTD
+
+    def _set(self, settings: RunSettings, asked: RunStepMessage, adapter: AdapterVersion) -> None:
+        # Layers are only recomputed in training mode; without a seed nothing in it is random.
+        is_forward = asked.key.phase is not Phase.EVALUATE
+        self._state.set(
+            adapter,
+            training=is_forward and bool(asked.seed),
+            checkpoint_every=settings.tape.checkpoint_every,
+        )
+
+    def _answer(self, run: Run, asked: RunStepMessage, tensor_BTD: Tensor | None) -> AnswerMessage:
+        versions = Versions(run.name, run.version)
+        if tensor_BTD is None:
+            return AnswerMessage(asked.key, versions=versions)
+        assert asked.tensor_BTD is not None
+        return AnswerMessage(asked.key, tensor_BTD.detach().to(asked.tensor_BTD.dtype), versions=versions)
+
+    @contextlib.contextmanager
+    def _counting(self, shape: Shape) -> Iterator[None]:
+        """Learn how many bytes the graph keeps, at the first forward of each shape."""
+        if shape in self._graph_bytes:
+            yield
+            return
+        weights = {weight.data_ptr() for weight in self._trunk.parameters()}
+        kept: dict[int, int] = {}
+
+        def count(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if tensor.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            # An alias: the tensor itself would hold the graph that holds it.
+            return tensor.detach()
+
+        with saved_tensors_hooks(count, lambda tensor: tensor):
+            yield
+        self._graph_bytes[shape] = sum(kept.values())
+
+
+def _shape_of(settings: RunSettings, asked: RunStepMessage) -> Shape:
+    """What the size of a graph depends on."""
+    lora = settings.lora
+    return (
+        asked.rows,
+        asked.tokens,
+        asked.mask_columns_BT is None,
+        asked.want_input_gradient,
+        bool(asked.seed),
+        settings.tape.checkpoint_every,
+        settings.precision.autocast,
+        (lora.r, lora.target_modules, lora.dropout),
+    )
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers that depend on the seed alone, so that the same forward drops the same."""
+    if not seed:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,134 @@
+"""The runs of one trunk: opened under a name, joined again after a loss, closed."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from itertools import count
+
+from splitlearn.config import RunConfig
+from splitlearn.engine import optimizer
+from splitlearn.engine.checkpoint import RunSnapshot
+from splitlearn.engine.run import Run
+from splitlearn.engine.tape import Tape
+from splitlearn.engine.trunk_state import AdapterVersion, TrunkState
+from splitlearn.errors import AdapterError, CheckpointError, MessageError, ResourceExhausted, RunLost
+from splitlearn.model import lora
+from splitlearn.vocabulary import RunSettings, StepKey
+from splitlearn.wire.messages import OpenRun
+
+RUN_BITS = 48
+
+
+class RunTable:
+    """Belongs to the engine's thread. A run outlives its client's connection; its name brings it back."""
+
+    def __init__(self, state: TrunkState, tape: Tape, config: RunConfig) -> None:
+        self._state = state
+        self._tape = tape
+        self._config = config
+        self._runs: dict[str, Run] = {}
+        self._by_number: dict[int, Run] = {}
+        self._slots = count()
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(self._runs.values())
+
+    def open(self, client: bytes, asked: OpenRun) -> Run:
+        """A new run, its adapter in the trunk's layers.
+
+        Raises:
+            MessageError: the name is taken; ResourceExhausted: there are enough runs; AdapterError,
+            SettingError: it cannot be trained so.
+        """
+        if asked.name in self._runs:
+            raise MessageError(f"run {asked.name!r} is open already: join it, or take another name")
+        if len(self._runs) >= self._config.max_runs:
+            raise ResourceExhausted(
+                f"{len(self._runs)} runs are open, this server allows {self._config.max_runs}: close one",
+                facts={"runs": len(self._runs), "max_runs": self._config.max_runs},
+            )
+        settings = asked.settings
+        self._check(settings)
+        slot, weights = None, {}
+        if settings.lora.r:
+            slot = f"slot{next(self._slots)}"
+            weights = self._state.slots.add(slot, settings.lora, settings.seed)
+        run = Run(asked.name, secrets.randbits(RUN_BITS) | 1, settings, slot, weights, client)
+        self._runs[run.name] = self._by_number[run.number] = run
+        return run
+
+    def join(self, client: bytes, name: str) -> Run:
+        """The run under this name, in a new incarnation: older ones are turned away from now on."""
+        run = self.named(name)
+        run.rejoin(client)
+        self._tape.forget_run(run.number)
+        return run
+
+    def restore(self, client: bytes, snapshot: RunSnapshot) -> Run:
+        """The run as the snapshot has it, in a new incarnation; opened if it is not open.
+
+        Raises:
+            CheckpointError, AdapterError, ResourceExhausted: it cannot be.
+        """
+        is_new = snapshot.name not in self._runs
+        run = (
+            self.open(client, OpenRun(snapshot.name, snapshot.settings))
+            if is_new
+            else self.join(client, snapshot.name)
+        )
+        try:
+            run.restore(snapshot)
+        except CheckpointError:
+            if is_new:
+                self.close(run.name)
+            raise
+        return run
+
+    def named(self, name: str) -> Run:
+        """Raises RunLost where no run of this name is open."""
+        if name not in self._runs:
+            raise RunLost(f"no run {name!r} is open on this server: open it, or restore it from a checkpoint")
+        return self._runs[name]
+
+    def find(self, key: StepKey) -> Run:
+        """The run that a step belongs to.
+
+        Raises:
+            RunLost: it is not here, or somebody has joined it since.
+        """
+        run = self._by_number.get(key.run)
+        if run is None:
+            raise RunLost("the run is not held here (it was closed, or the server restarted): join it again")
+        if run.incarnation != key.incarnation:
+            raise RunLost(
+                f"run {run.name} was joined again as incarnation {run.incarnation}: what incarnation "
+                f"{key.incarnation} still sends is refused"
+            )
+        return run
+
+    def adapter(self, name: str) -> AdapterVersion:
+        """A run's weights as they are now, for generation; raises AdapterError where there is none."""
+        if name not in self._runs:
+            raise AdapterError(f"this server has no adapter {name!r}; leave it out")
+        return self._runs[name].current
+
+    def close(self, name: str) -> Run:
+        """Free what the run holds in memory; its checkpoints stay."""
+        run = self.named(name)
+        del self._runs[name], self._by_number[run.number]
+        self._tape.forget_run(run.number)
+        if run.slot is not None:
+            self._state.slots.remove(run.slot)
+        return run
+
+    def _check(self, settings: RunSettings) -> None:
+        """Before anything is added to the trunk."""
+        optimizer.require_known(settings.optimizer)
+        if settings.lora.r:
+            lora.check(settings.lora)
+        if settings.tape.checkpoint_every:
+            self._state.require_checkpointing()

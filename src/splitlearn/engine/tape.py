@@ -1,0 +1,97 @@
+"""What forwards kept until their gradients come back, under one byte budget and a lease."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from splitlearn.engine.trunk_state import AdapterVersion
+from splitlearn.errors import ResourceExhausted, TapeExpired
+from splitlearn.wire.messages import RunStepMessage
+
+TapeKey = tuple[int, int, int]
+"""A run's number, the optimizer step that the forward was for, and the microbatch in it."""
+
+
+@dataclass(slots=True, eq=False)
+class TapeEntry:
+    """One forward: what it was asked, at which version; its graph, unless it is to be recomputed."""
+
+    asked: RunStepMessage
+    adapter: AdapterVersion
+    bytes: int
+    lease_until: float
+    input_BTD: Tensor | None = None
+    output_BTD: Tensor | None = None
+
+
+class Tape:
+    """Belongs to the engine's thread. Over the budget the oldest entries go: their clients forward again."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self._budget_bytes = budget_bytes
+        self._entries: OrderedDict[TapeKey, TapeEntry] = OrderedDict()
+        self.bytes = 0
+        self.evicted = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def require_room(self, needed: int) -> None:
+        """Let the oldest entries go until so many bytes fit.
+
+        Raises:
+            ResourceExhausted: the budget is smaller than this one entry.
+        """
+        if needed > self._budget_bytes:
+            raise ResourceExhausted(
+                f"this batch keeps {needed:,} bytes until its gradient comes, the server allows "
+                f"{self._budget_bytes:,}: use fewer rows or tokens, recompute or checkpoint_every=1 for the "
+                "run, or start the server with a larger --tape-budget",
+                facts={"wanted_bytes": needed, "total_bytes": self._budget_bytes},
+            )
+        while self.bytes + needed > self._budget_bytes:
+            self._drop(next(iter(self._entries)))
+            self.evicted += 1
+
+    def put(self, key: TapeKey, entry: TapeEntry) -> None:
+        if key in self._entries:
+            self._drop(key)
+        self.require_room(entry.bytes)
+        self._entries[key] = entry
+        self.bytes += entry.bytes
+
+    def get(self, key: TapeKey) -> TapeEntry | None:
+        return self._entries.get(key)
+
+    def take(self, key: TapeKey) -> TapeEntry:
+        """The entry, which is then no longer here.
+
+        Raises:
+            TapeExpired: it is gone; the same forward can be asked for again.
+        """
+        entry = self._entries.get(key)
+        if entry is None:
+            raise TapeExpired(
+                "what this batch's forward kept is gone (its lease ran out, or others needed the room): "
+                "forward again"
+            )
+        self._drop(key)
+        return entry
+
+    def forget_run(self, run: int) -> None:
+        for key in [key for key in self._entries if key[0] == run]:
+            self._drop(key)
+
+    def expire(self, now: float) -> int:
+        """Let go of what nobody came back for; how many entries that were."""
+        late = [key for key, entry in self._entries.items() if entry.lease_until < now]
+        for key in late:
+            self._drop(key)
+        self.evicted += len(late)
+        return len(late)
+
+    def _drop(self, key: TapeKey) -> None:
+        self.bytes -= self._entries.pop(key).bytes

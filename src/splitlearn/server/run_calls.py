@@ -1,0 +1,116 @@
+"""Calls about runs: open, join, list, save, restore, close, delete; their steps come on the stream."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Future
+from dataclasses import replace
+
+from splitlearn.engine.checkpoint import RunStore
+from splitlearn.engine.run import Run
+from splitlearn.errors import MessageError, ResourceExhausted, RunLost, StepOutOfOrder
+from splitlearn.server.client_stream import Hall
+from splitlearn.server.refusal import Context, refusing
+from splitlearn.wire.generated import splitlearn_pb2 as pb
+from splitlearn.wire.generated import splitlearn_pb2_grpc as rpc
+from splitlearn.wire.handshake import client_id
+from splitlearn.wire.messages import RunFacts
+from splitlearn.wire.runs import facts_to_proto, open_run_from_proto, run_name
+
+
+class RunCalls(rpc.TrunkServicer):
+    """What touches a run is done on the engine's thread; what touches the disk, where nobody else waits."""
+
+    _hall: Hall
+
+    @refusing
+    async def OpenRun(self, request: pb.OpenRunRequest, context: Context) -> pb.RunReply:
+        asked = open_run_from_proto(request)
+        if kept := self._store.steps(asked.name):
+            raise MessageError(
+                f"run {asked.name!r} has checkpoints on this server (steps {list(kept)}): resume from one, "
+                "take another name, or delete them"
+            )
+        return await self._reply(self._hall.engine.open_run(client_id(request.client), asked))
+
+    @refusing
+    async def JoinRun(self, request: pb.JoinRunRequest, context: Context) -> pb.RunReply:
+        joined = self._hall.engine.join_run(client_id(request.client), run_name(request.name))
+        return await self._reply(joined)
+
+    @refusing
+    async def GetRun(self, request: pb.RunRequest, context: Context) -> pb.RunReply:
+        """Where the run stands; one that is only on disk is answered too."""
+        name = run_name(request.name)
+        try:
+            return await self._reply(self._hall.engine.with_run(name, Run.facts))
+        except RunLost:
+            if not (kept := self._store.steps(name)):
+                raise
+            return facts_to_proto(self._with_disk(RunFacts(name, state="saved", step=kept[-1])))
+
+    @refusing
+    async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsReply:
+        is_open = await asyncio.wrap_future(self._hall.engine.run_facts())
+        names = {facts.name for facts in is_open}
+        saved = [
+            RunFacts(name, state="saved", step=self._store.steps(name)[-1])
+            for name in self._store.names()
+            if name not in names
+        ]
+        return pb.ListRunsReply(runs=[facts_to_proto(self._with_disk(each)) for each in (*is_open, *saved)])
+
+    @refusing
+    async def SaveRun(self, request: pb.SaveRunRequest, context: Context) -> pb.RunReply:
+        """The run as it stands after the step that its client has just had done."""
+        name, engine = run_name(request.name), self._hall.engine
+        self._require_place(name)
+        snapshot = await asyncio.wrap_future(engine.with_run(name, Run.snapshot))
+        if request.step != snapshot.step:
+            raise StepOutOfOrder(
+                f"run {name} stands at step {snapshot.step}, not {request.step}: nothing was saved",
+                facts={"current_step": snapshot.step},
+            )
+        await asyncio.to_thread(self._store.write, snapshot)
+        await asyncio.to_thread(self._store.forget_before, name, request.acknowledged_step)
+        return await self._reply(engine.with_run(name, Run.facts))
+
+    @refusing
+    async def RestoreRun(self, request: pb.RestoreRunRequest, context: Context) -> pb.RunReply:
+        snapshot = await asyncio.to_thread(self._store.read, run_name(request.name), request.step)
+        return await self._reply(self._hall.engine.restore_run(client_id(request.client), snapshot))
+
+    @refusing
+    async def CloseRun(self, request: pb.RunRequest, context: Context) -> pb.RunReply:
+        return await self._reply(self._hall.engine.close_run(run_name(request.name)))
+
+    @refusing
+    async def DeleteRun(self, request: pb.RunRequest, context: Context) -> pb.DeleteReply:
+        """From memory and from disk."""
+        name = run_name(request.name)
+        try:
+            await asyncio.wrap_future(self._hall.engine.close_run(name))
+        except RunLost:
+            if not self._store.steps(name):
+                raise
+        return pb.DeleteReply(freed_bytes=await asyncio.to_thread(self._store.delete, name))
+
+    @property
+    def _store(self) -> RunStore:
+        return self._hall.runs
+
+    async def _reply(self, done: Future[RunFacts]) -> pb.RunReply:
+        return facts_to_proto(self._with_disk(await asyncio.wrap_future(done)))
+
+    def _with_disk(self, facts: RunFacts) -> RunFacts:
+        store = self._store
+        return replace(facts, checkpoints=store.steps(facts.name), bytes_on_disk=store.bytes(facts.name))
+
+    def _require_place(self, name: str) -> None:
+        limit = self._hall.config.runs.max_checkpoints
+        if len(self._store.steps(name)) >= limit:
+            raise ResourceExhausted(
+                f"run {name} has {limit} checkpoints, the most that this server keeps of one: save fewer, or "
+                "let older ones go (save_total_limit)",
+                facts={"checkpoints": limit},
+            )

@@ -1,0 +1,1 @@
+"""Training a split model with the library's own trainers."""

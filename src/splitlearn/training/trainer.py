@@ -1,0 +1,210 @@
+"""The library's own Trainer, whose optimizer steps reach the trunk."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+
+from splitlearn.client.remote_trunk import RemoteTrunk
+from splitlearn.client.training import clip_grad_norm, parts_of, plan_run, trunk_of
+from splitlearn.errors import CheckpointError, RunRolledBack, UnsupportedCall
+from splitlearn.training.checkpoint import (
+    Note,
+    complete,
+    load_weights,
+    note_of,
+    save_weights,
+    whole_checkpoints,
+)
+from splitlearn.vocabulary import OptimizerSettings, Precision
+
+UNCLIPPED = float("inf")
+log = logging.getLogger("splitlearn")
+
+
+class SplitTrainerMixin:
+    """Put before a trainer of transformers or TRL: `class MyTrainer(SplitTrainerMixin, SFTTrainer)`.
+
+    Everything else stays the library's: data, schedule, logging, evaluation, callbacks, accumulation.
+    What is added: gradients are clipped by the norm of the whole model, each optimizer step is the
+    trunk's, too, and one that is skipped because numbers overflowed is skipped on both sides.
+    """
+
+    model: Any
+    args: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._trunk: RemoteTrunk = trunk_of(self.model)
+        _plan(self._trunk, self.args)
+        self.add_callback(_SkippedSteps(self._trunk))  # type: ignore[attr-defined]
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """As the library's; a checkpoint is resumed from only if the server has its other half.
+
+        With `True` that is the newest step that both sides have.
+
+        Raises:
+            CheckpointError: there is no such checkpoint.
+        """
+        folder = self._common_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
+        while True:
+            try:
+                trained: TrainOutput = super().train(folder, *args, **kwargs)  # type: ignore[misc]
+                return trained
+            except RunRolledBack as back:
+                log.warning(back.message)
+                folder = self._common_checkpoint(True)
+
+    def _common_checkpoint(self, wanted: str | bool) -> str:
+        """The folder of the newest checkpoint whose other half the server has, or the one that is named."""
+        if wanted is True:
+            whole = whole_checkpoints(Path(self.args.output_dir))
+        else:
+            note = note_of(Path(str(wanted)))
+            whole = [] if note is None else [(Path(str(wanted)), note)]
+        if not whole:
+            raise CheckpointError(
+                f"{self.args.output_dir if wanted is True else wanted} has no checkpoint of SplitTrainer "
+                "that is whole: train from the start, without resume_from_checkpoint"
+            )
+        kept = self._trunk.transport.run_facts(whole[0][1].run).checkpoints
+        for folder, note in whole:
+            if note.step in kept:
+                if folder is not whole[0][0]:
+                    log.warning("both sides go back to step %d, the newest that both have", note.step)
+                return str(folder)
+        raise CheckpointError(
+            f"the server has none of this run's checkpoints (steps {[note.step for _, note in whole]}), it "
+            f"has {list(kept) or 'none'}: train from the start under another run name"
+        )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Both halves under one step; older ones go once both sides have this one."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        finally:
+            self.args.save_total_limit = limit
+        output_dir = Path(self._get_output_dir(trial=trial))  # type: ignore[attr-defined]
+        run = self._trunk.run
+        self._trunk.save()
+        complete(
+            output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}",  # type: ignore[attr-defined]
+            Note(run.name, run.step),
+        )
+        rotate_checkpoints(
+            output_dir=str(output_dir),
+            save_total_limit=limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,  # type: ignore[attr-defined]
+            use_mtime=True,
+        )
+        kept = [note.step for _, note in whole_checkpoints(output_dir) if note.run == run.name]
+        self._trunk.acknowledge(min(kept))
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        save_weights(self.model, folder)
+        if self.processing_class is not None:  # type: ignore[attr-defined]
+            self.processing_class.save_pretrained(folder)  # type: ignore[attr-defined]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        note = note_of(folder)
+        if note is None:
+            raise CheckpointError(f"{folder} is not whole: resume from another checkpoint")
+        self._trunk.restore(note.run, note.step)
+        load_weights(self.model, folder)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)  # type: ignore[attr-defined]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        is_new = not hasattr(getattr(self, "optimizer", None), "steps_trunk")
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        if is_new:
+            optimizer.register_step_pre_hook(self._step_trunk)
+            vars(optimizer)["steps_trunk"] = True
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        scaler = self.accelerator.scaler  # type: ignore[attr-defined]
+        self._trunk.run.loss_scale = scaler.get_scale() if scaler is not None else 1.0
+        loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        return loss
+
+    def _step_trunk(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Before the client's own step: if the trunk cannot, nothing has moved."""
+        self._trunk.step(learning_rate=optimizer.param_groups[0]["lr"])
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        return self._clip(model, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor:
+        return self._clip(model, UNCLIPPED) if grad_norm is None else grad_norm
+
+    def _clip(self, model: nn.Module, max_norm: float) -> Tensor:
+        accelerator = self.accelerator  # type: ignore[attr-defined]
+        if accelerator.scaler is not None:
+            if not self._trunk.grad_norms().isfinite().all():
+                # The scaler looks at gradients here alone: let it see that the trunk's overflowed.
+                _spoil(model, self._trunk)
+            accelerator.unscale_gradients()
+        return clip_grad_norm(model, max_norm)
+
+
+class SplitTrainer(SplitTrainerMixin, Trainer):
+    """transformers' Trainer for a split model; takes the same arguments."""
+
+
+class _SkippedSteps(TrainerCallback):
+    """Where the client's optimizer was skipped, the trunk's gradients go, too."""
+
+    def __init__(self, trunk: RemoteTrunk) -> None:
+        self._trunk = trunk
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        if self._trunk.run.unapplied:
+            self._trunk.skip_step()
+
+
+def _plan(trunk: RemoteTrunk, args: TrainingArguments) -> None:
+    """Tell the run, before it opens, what the arguments say."""
+    if trunk.planned is None:
+        raise UnsupportedCall(
+            "this model was loaded to generate: load it with lora=LoraConfig(...) to train it"
+        )
+    plan_run(
+        trunk,
+        optimizer=OptimizerSettings(
+            name=str(getattr(args.optim, "value", args.optim)),
+            learning_rate=args.learning_rate,
+            weight_decay=args.weight_decay,
+            beta1=args.adam_beta1,
+            beta2=args.adam_beta2,
+            epsilon=args.adam_epsilon,
+        ),
+        accumulation=args.gradient_accumulation_steps,
+        precision=Precision(autocast=_autocast(args)),
+    )
+
+
+def _autocast(args: TrainingArguments) -> str:
+    if args.fp16:
+        return "float16"
+    return "bfloat16" if args.bf16 else ""
+
+
+def _spoil(model: nn.Module, trunk: RemoteTrunk) -> None:
+    for _, parameter in parts_of(model, trunk):
+        if parameter.grad is not None:
+            parameter.grad.fill_(UNCLIPPED)
+            return

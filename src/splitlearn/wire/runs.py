@@ -1,0 +1,165 @@
+"""Runs as protobuf, both ways: what a run is opened with, and where it stands."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from splitlearn.errors import MessageError
+from splitlearn.vocabulary import LoraSettings, OptimizerSettings, RunSettings, TapeSettings
+from splitlearn.wire.generated import splitlearn_pb2 as pb
+from splitlearn.wire.messages import OpenRun, RunFacts
+from splitlearn.wire.steps import precision_from_proto, precision_to_proto
+
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+MAX_TARGETS = 256
+MAX_ACCUMULATION = 1 << 16
+
+
+def open_run_to_proto(open: OpenRun, client: bytes) -> pb.OpenRunRequest:
+    settings = open.settings
+    return pb.OpenRunRequest(
+        name=open.name,
+        client=client,
+        lora=lora_to_proto(settings.lora),
+        optimizer=optimizer_to_proto(settings.optimizer),
+        tape=pb.TapeSettings(
+            recompute=settings.tape.recompute, checkpoint_every=settings.tape.checkpoint_every
+        ),
+        precision=precision_to_proto(settings.precision),
+        seed=settings.seed,
+        accumulation=settings.accumulation,
+        allow_download=settings.allow_download,
+        start_from=open.start_from,
+    )
+
+
+def open_run_from_proto(proto: pb.OpenRunRequest) -> OpenRun:
+    """Raises MessageError for what no run is opened with."""
+    if not 1 <= proto.accumulation <= MAX_ACCUMULATION:
+        raise MessageError(
+            f"accumulation is {proto.accumulation}: it must lie between 1 and {MAX_ACCUMULATION:,}"
+        )
+    return OpenRun(
+        name=run_name(proto.name),
+        settings=RunSettings(
+            lora=lora_from_proto(proto.lora),
+            optimizer=optimizer_from_proto(proto.optimizer),
+            tape=TapeSettings(proto.tape.recompute, proto.tape.checkpoint_every),
+            precision=precision_from_proto(proto.precision),
+            seed=proto.seed,
+            accumulation=proto.accumulation,
+            allow_download=proto.allow_download,
+        ),
+        start_from=proto.start_from,
+    )
+
+
+def run_name(name: str) -> str:
+    """The name, which is also a folder's on the server.
+
+    Raises:
+        MessageError: it has characters that no folder should have.
+    """
+    if not RUN_NAME.fullmatch(name):
+        raise MessageError(
+            f"{name[:80]!r} is no name for a run: letters, digits, - _ and . (not at the start), at most 64"
+        )
+    return name
+
+
+def facts_to_proto(facts: RunFacts) -> pb.RunReply:
+    return pb.RunReply(
+        name=facts.name,
+        run=facts.number,
+        state=facts.state,
+        step=facts.step,
+        version=facts.version,
+        incarnation=facts.incarnation,
+        checkpoints=facts.checkpoints,
+        lora=lora_to_proto(facts.settings.lora),
+        optimizer=optimizer_to_proto(facts.settings.optimizer),
+        bytes_on_disk=facts.bytes_on_disk,
+    )
+
+
+def facts_from_proto(proto: pb.RunReply) -> RunFacts:
+    return RunFacts(
+        name=proto.name,
+        number=proto.run,
+        incarnation=proto.incarnation,
+        state=proto.state,
+        step=proto.step,
+        version=proto.version,
+        settings=RunSettings(
+            lora=lora_from_proto(proto.lora), optimizer=optimizer_from_proto(proto.optimizer)
+        ),
+        checkpoints=tuple(proto.checkpoints),
+        bytes_on_disk=proto.bytes_on_disk,
+    )
+
+
+def lora_to_proto(lora: LoraSettings) -> pb.LoraSettings:
+    return pb.LoraSettings(
+        r=lora.r,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        exclude_modules=lora.exclude_modules,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        rank_pattern=lora.rank_pattern,
+        alpha_pattern=lora.alpha_pattern,
+    )
+
+
+def lora_from_proto(proto: pb.LoraSettings) -> LoraSettings:
+    lists = (proto.target_modules, proto.exclude_modules, proto.rank_pattern, proto.alpha_pattern)
+    if any(len(each) > MAX_TARGETS for each in lists):
+        raise MessageError(f"LoRA settings with more than {MAX_TARGETS} names in a list")
+    return LoraSettings(
+        r=proto.r,
+        alpha=proto.alpha,
+        dropout=proto.dropout,
+        target_modules=tuple(proto.target_modules),
+        exclude_modules=tuple(proto.exclude_modules),
+        use_rslora=proto.use_rslora,
+        use_dora=proto.use_dora,
+        rank_pattern=dict(proto.rank_pattern),
+        alpha_pattern=dict(proto.alpha_pattern),
+    )
+
+
+def optimizer_to_proto(optimizer: OptimizerSettings) -> pb.OptimizerSettings:
+    return pb.OptimizerSettings(
+        name=optimizer.name,
+        learning_rate=optimizer.learning_rate,
+        weight_decay=optimizer.weight_decay,
+        beta1=optimizer.beta1,
+        beta2=optimizer.beta2,
+        epsilon=optimizer.epsilon,
+        momentum=optimizer.momentum,
+    )
+
+
+def optimizer_from_proto(proto: pb.OptimizerSettings) -> OptimizerSettings:
+    settings = OptimizerSettings(
+        name=proto.name,
+        learning_rate=proto.learning_rate,
+        weight_decay=proto.weight_decay,
+        beta1=proto.beta1,
+        beta2=proto.beta2,
+        epsilon=proto.epsilon,
+        momentum=proto.momentum,
+    )
+    figures = (
+        settings.learning_rate,
+        settings.weight_decay,
+        settings.beta1,
+        settings.beta2,
+        settings.epsilon,
+        settings.momentum,
+    )
+    if not all(math.isfinite(figure) and figure >= 0 for figure in figures):
+        raise MessageError("an optimizer's settings are finite numbers, none of them below 0")
+    return settings
