@@ -92,6 +92,10 @@ class RunConfig(Settings):
     """Optimizer steps that may lie between a forward and its backward; older gradients are refused."""
     max_runs: PositiveInt = 64
     """Runs that may be open at once, over all clients."""
+    max_adapters: PositiveInt = 64
+    """Adapters that may be loaded for generation at once, beside those of the runs."""
+    max_adapter_bytes: PositiveInt = GIB
+    """Largest adapter that may be loaded."""
     max_checkpoints: PositiveInt = 100
     """Checkpoints that one run may have on disk."""
 

@@ -39,6 +39,10 @@ class SplitPlanError(SettingError):
     """The cut leaves no trunk, or takes more layers than the model has."""
 
 
+class DataError(SettingError):
+    """A training file cannot be learned from as it is; the message names the file and the line."""
+
+
 class UnsupportedModel(SplitLearnError):
     """This family, or this kind of checkpoint, is not proven to be cut exactly; nothing was loaded."""
 

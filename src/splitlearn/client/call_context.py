@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, StaticCache
@@ -37,8 +39,16 @@ class CallContext(threading.local):
         return self.stack[-1]
 
 
-def watch(decoder: nn.Module, config: PreTrainedConfig, max_positions: int | None) -> CallContext:
-    """Note every call of this decoder, and refuse those whose result would be wrong."""
+def watch(
+    decoder: nn.Module,
+    config: PreTrainedConfig,
+    max_positions: int | None,
+    trains: Callable[[], bool] = lambda: False,
+) -> CallContext:
+    """Note every call of this decoder, and refuse those whose result would be wrong.
+
+    Where the model `trains`, a call that may ask for gradients gets no cache unless it wants one.
+    """
     context = CallContext()
     names = argument_names(decoder)
 
@@ -47,7 +57,8 @@ def watch(decoder: nn.Module, config: PreTrainedConfig, max_positions: int | Non
     ) -> tuple[Any, dict[str, Any]]:
         # Some families hand the token ids over by position.
         kwargs = dict(zip(names, args, strict=False)) | kwargs
-        cache = _cache_of(kwargs, config, training=module.training)
+        without = module.training or (trains() and torch.is_grad_enabled() and not kwargs.get("use_cache"))
+        cache = _cache_of(kwargs, config, without=without)
         call = Call(_mask_of(kwargs), kwargs.get("position_ids"), cache)
         _refuse_unsupported(kwargs, config)
         _require_positions(kwargs, cache, max_positions)
@@ -63,7 +74,7 @@ def watch(decoder: nn.Module, config: PreTrainedConfig, max_positions: int | Non
     return context
 
 
-def _cache_of(kwargs: dict[str, Any], config: PreTrainedConfig, *, training: bool) -> Cache | None:
+def _cache_of(kwargs: dict[str, Any], config: PreTrainedConfig, *, without: bool) -> Cache | None:
     """The call's cache, made here if the call wants one and brings none."""
     cache: Cache | None = kwargs.get("past_key_values")
     if isinstance(cache, StaticCache):
@@ -78,7 +89,7 @@ def _cache_of(kwargs: dict[str, Any], config: PreTrainedConfig, *, training: boo
     if cache is not None:
         return cache
     wanted = kwargs.get("use_cache")
-    if training or not (config.use_cache if wanted is None else wanted):
+    if without or not (config.use_cache if wanted is None else wanted):
         # The library would otherwise fill a cache that lacks the trunk's part.
         kwargs["use_cache"] = False
         return None

@@ -16,6 +16,7 @@ from splitlearn.client.transport import Traffic
 from splitlearn.config import ClientConfig
 from splitlearn.errors import CorruptFrame, SettingError, StepTimeout, TrunkUnreachable
 from splitlearn.vocabulary import Phase, Precision, StepKey
+from splitlearn.wire.adapters import adapter_from_parts, adapter_to_parts
 from splitlearn.wire.frames import FrameFormat
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.generated import splitlearn_pb2_grpc as rpc
@@ -28,6 +29,7 @@ from splitlearn.wire.handshake import (
     hello,
 )
 from splitlearn.wire.messages import (
+    AdapterMessage,
     AnswerMessage,
     CloseMessage,
     ForkMessage,
@@ -129,6 +131,21 @@ class GrpcTransport:
     def restore_run(self, name: str, step: int) -> RunFacts:
         request = pb.RestoreRunRequest(name=name, client=self._client, step=step)
         return run_facts_from_proto(self._call("RestoreRun", request))
+
+    def download_adapter(self, name: str) -> AdapterMessage:
+        request = pb.AdapterRequest(name=name, client=self._client)
+        with _channel(self.address, self._config) as channel:
+            try:
+                parts = rpc.TrunkStub(channel).DownloadAdapter(request, timeout=self._config.train_s)
+                return adapter_from_parts(parts, self._config.limits.max_message_bytes)
+            except grpc.RpcError as error:
+                raise error_of(error, self.address) from None
+
+    def load_adapter(self, adapter: AdapterMessage) -> None:
+        self._call("LoadAdapter", adapter_to_parts(adapter, self._client, self._config.limits.chunk_bytes))
+
+    def unload_adapter(self, name: str) -> None:
+        self._call("UnloadAdapter", pb.AdapterRequest(name=name, client=self._client))
 
     def fork(self, message: ForkMessage) -> None:
         forked = self._stream(SMALL).fork(fork_to_proto(message), self._config.decode_s)

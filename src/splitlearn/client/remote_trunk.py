@@ -16,8 +16,15 @@ from splitlearn.client.run import ClientRun
 from splitlearn.client.transport import Transport
 from splitlearn.config import ClientConfig
 from splitlearn.errors import RunLost, UnsupportedCall
-from splitlearn.vocabulary import StepKey, Timings, Versions
-from splitlearn.wire.messages import AnswerMessage, OpenRun, OpenSession, RunFacts, StepMessage
+from splitlearn.vocabulary import LoraSettings, StepKey, Timings, Versions
+from splitlearn.wire.messages import (
+    AdapterMessage,
+    AnswerMessage,
+    OpenRun,
+    OpenSession,
+    RunFacts,
+    StepMessage,
+)
 
 # B rows   T new tokens   D hidden
 
@@ -36,11 +43,14 @@ class RemoteTrunk(nn.Module):
         """The training run that the first training step opens, where the model was loaded with one."""
         self.gradient_scale = 1.0
         """What the next optimizer step multiplies the trunk's gradients by; clipping sets it."""
+        self.lora = LoraSettings(r=0)
+        """The adapter's settings as the user gave them."""
         # Without it nothing would ask for a gradient where the bottom is frozen.
         self._anchor = torch.zeros((), requires_grad=True)
         self._run: ClientRun | None = None
         self._acknowledged = 0
-        self._trunk = trunk
+        self._start: AdapterMessage | None = None
+        self.layers = trunk
         self._config = config
         self._context: CallContext | None = None
         self._lone_steps = count(1)
@@ -135,19 +145,30 @@ class RemoteTrunk(nn.Module):
         facts = self.transport.restore_run(name, step)
         self._run = ClientRun(self.transport, facts, planned.settings, self._config.train_s)
 
+    def start_from(self, adapter: AdapterMessage) -> None:
+        """Let the run begin with these weights; they go to the trunk when it opens."""
+        self._start = adapter
+
     def _open_or_join(self, planned: OpenRun) -> RunFacts:
         try:
             return self.transport.join_run(planned.name)
         except RunLost:
+            pass
+        if self._start is None or not planned.settings.lora.r:
             return self.transport.open_run(planned)
+        self.transport.load_adapter(self._start)
+        try:
+            return self.transport.open_run(replace(planned, start_from=self._start.name))
+        finally:
+            self.transport.unload_adapter(self._start.name)
 
     def exchange(self, activation_BTD: Tensor, call: Call) -> Tensor:
         sent_BTD = activation_BTD.detach().cpu()
         if call.cache is None:
             answer = self._lone_step(sent_BTD, call)
         else:
-            session = session_of(call.cache, self._trunk, self.transport, self._opening())
-            _require_in_step(call.cache, self._trunk, session.length + sent_BTD.shape[1])
+            session = session_of(call.cache, self.layers, self.transport, self._opening())
+            _require_in_step(call.cache, self.layers, session.length + sent_BTD.shape[1])
             positions_BT = _positions_to_send(call, sent_BTD, session.length)
             answer = session.step(sent_BTD, call.mask_BL, positions_BT, self._deadline_s(sent_BTD))
         assert answer.activation_BTD is not None
@@ -184,16 +205,20 @@ _NO_RUN = (
 )
 
 
+_WITH_CACHE = "a forward with a cache gives no gradients: call the model with use_cache=False"
+
+
 class _Untrained(torch.autograd.Function):
     """Says clearly what is missing, where a gradient is asked for."""
 
     @staticmethod
     def forward(ctx: Any, activation_BTD: Tensor, remote: RemoteTrunk, call: Call) -> Tensor:
+        ctx.why_not = _NO_RUN if remote.planned is None else _WITH_CACHE
         return remote.exchange(activation_BTD, call)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        raise UnsupportedCall(_NO_RUN)
+        raise UnsupportedCall(ctx.why_not)
 
 
 class _Trained(torch.autograd.Function):

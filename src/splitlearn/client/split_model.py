@@ -10,8 +10,10 @@ from typing import Any, NoReturn
 
 import torch
 from peft import LoraConfig
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from splitlearn.client import adapter_files
 from splitlearn.client.call_context import watch
 from splitlearn.client.grpc_transport import GrpcTransport, describe
 from splitlearn.client.remote_trunk import RemoteTrunk
@@ -52,7 +54,7 @@ class AutoSplitModelForCausalLM:
         hub_token: str | None = None,
         revision: str | None = None,
         config: ClientConfig | None = None,
-        lora: LoraConfig | None = None,
+        lora: LoraConfig | str | Path | None = None,
         run: str | None = None,
         freeze: Collection[str] = (),
         seed: int = 0,
@@ -71,8 +73,8 @@ class AutoSplitModelForCausalLM:
             attn_implementation: as in the library.
             hub_token, revision: for a private hub repository, or one of its revisions.
             config: deadlines, codec, limits; `settings` are its fields by name.
-            lora: PEFT's LoraConfig: the model is to be trained, bottom, trunk and top alike. The run on the
-                trunk opens at the first training step.
+            lora: PEFT's LoraConfig, or the folder of a PEFT adapter to go on from: the model is to be
+                trained, bottom, trunk and top alike. The run on the trunk opens at the first training step.
             run: the run's name, which joins it where it is open already; by default a name of its own.
             freeze: which of "bottom", "trunk", "top" are not trained.
             seed: of the adapter's first weights and of dropout.
@@ -120,7 +122,11 @@ def connect(
     )
     _warn_of_other_attention(model.config._attn_implementation, transport.agreement.attention)
     max_positions = transport.agreement.max_positions or None
-    remote.listen_to(watch(decoder_of(model), model.config, max_positions))
+
+    def trains() -> bool:
+        return remote.planned is not None
+
+    remote.listen_to(watch(decoder_of(model), model.config, max_positions, trains))
     model.__class__ = _split_class(type(model))
     model.__dict__["trunk"] = remote
     weakref.finalize(model, transport.abandon)
@@ -138,6 +144,22 @@ class SplitModel:
             "this model has no trunk to save: the folder would load again with random layers in its place. "
             "Copy the model's own folder, or `splitlearn slice` it"
         )
+
+    def adapter_weights(self) -> dict[str, Tensor]:
+        """The whole model's adapter as it is now, by the names in a PEFT file less its prefix.
+
+        Raises:
+            UnsupportedCall: the model has no adapter; AccessDenied: the run keeps the trunk's part.
+        """
+        return adapter_files.adapter_weights(self, self.trunk)
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Write one PEFT folder for the whole model; the trunk's part is fetched.
+
+        Raises:
+            UnsupportedCall: the model has no adapter; AccessDenied: the run keeps the trunk's part.
+        """
+        adapter_files.save_adapter(self, self.trunk, Path(folder))
 
     def close(self) -> None:
         """End the connection; open sessions on the server are freed."""

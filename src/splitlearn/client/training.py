@@ -5,28 +5,35 @@ from __future__ import annotations
 import secrets
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from splitlearn.client.adapter_files import read_config, start_from
 from splitlearn.client.remote_trunk import RemoteTrunk
 from splitlearn.errors import SettingError
-from splitlearn.model.lora import add_lora, settings_of
+from splitlearn.model.lora import ADAPTER, add_lora, settings_of
 from splitlearn.vocabulary import LoraSettings, RunSettings
 from splitlearn.wire.messages import OpenRun
 
-ADAPTER = "default"
 PARTS = ("bottom", "trunk", "top")
 NOT_TRAINED = LoraSettings(r=0)
 CLIP_EPSILON = 1e-6
 
 
 def prepare_training(
-    model: PreTrainedModel, lora: LoraConfig | None, run: str | None, freeze: Collection[str], seed: int
+    model: PreTrainedModel,
+    lora: LoraConfig | str | Path | None,
+    run: str | None,
+    freeze: Collection[str],
+    seed: int,
 ) -> None:
     """Put LoRA on bottom and top, and plan the trunk's run; without `lora` and `freeze` nothing is done.
+
+    `lora` is PEFT's configuration, or the folder of an adapter to go on from.
 
     Raises:
         SettingError: `freeze` names no part, or leaves nothing to train.
@@ -41,7 +48,10 @@ def prepare_training(
             )
         return
     settings = NOT_TRAINED
-    if lora is not None:
+    folder = None if lora is None or isinstance(lora, LoraConfig) else Path(lora)
+    if folder is not None:
+        lora = read_config(folder)
+    if isinstance(lora, LoraConfig):
         settings = settings_of(lora, model.config.model_type)
         add_lora(model, settings, ADAPTER, seed)
         model._hf_peft_config_loaded = True  # what transformers' own add_adapter notes
@@ -49,9 +59,12 @@ def prepare_training(
     for part, parameter in parts_of(model, trunk):
         if part in freeze:
             parameter.requires_grad_(False)
+    trunk.lora = settings
     asked = NOT_TRAINED if "trunk" in freeze else settings
     name = run or f"run-{secrets.token_hex(8)}"
     trunk.planned = OpenRun(name, RunSettings(lora=asked, seed=seed))
+    if folder is not None:
+        start_from(model, trunk, folder)
 
 
 def trunk_of(model: nn.Module) -> RemoteTrunk:

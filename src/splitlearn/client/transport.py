@@ -8,6 +8,7 @@ from typing import Protocol
 
 from splitlearn.wire.handshake import Agreement
 from splitlearn.wire.messages import (
+    AdapterMessage,
     AnswerMessage,
     CloseMessage,
     ForkMessage,
@@ -70,6 +71,18 @@ class Transport(Protocol):
 
     def restore_run(self, name: str, step: int) -> RunFacts:
         """Take a run over as its checkpoint has it."""
+        ...
+
+    def download_adapter(self, name: str) -> AdapterMessage:
+        """The trunk's part of a run's adapter; raises AccessDenied where the run does not allow it."""
+        ...
+
+    def load_adapter(self, adapter: AdapterMessage) -> None:
+        """Put an adapter's weights beside the trunk; raises AdapterError where they do not fit it."""
+        ...
+
+    def unload_adapter(self, name: str) -> None:
+        """Take it away again."""
         ...
 
     def fork(self, message: ForkMessage) -> None:

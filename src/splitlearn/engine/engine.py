@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from splitlearn.config import BatchingConfig, RunConfig, SessionConfig
+from splitlearn.engine.adapter_table import AdapterTable
 from splitlearn.engine.batch import run_batch
 from splitlearn.engine.batch_plan import BatchCounts
 from splitlearn.engine.batcher import Batcher
@@ -30,7 +31,7 @@ from splitlearn.engine.session_table import SessionTable
 from splitlearn.engine.step import Step
 from splitlearn.engine.step_queue import StepQueue
 from splitlearn.engine.tape import Tape
-from splitlearn.engine.trunk_state import TrunkState
+from splitlearn.engine.trunk_state import AdapterVersion, TrunkState
 from splitlearn.errors import (
     MessageError,
     ResourceExhausted,
@@ -46,6 +47,7 @@ from splitlearn.model.segments import TrunkSegment
 from splitlearn.vocabulary import AUTOCASTS, Phase, Precision, Timings
 from splitlearn.wire.dtypes import dtype_name
 from splitlearn.wire.messages import (
+    AdapterMessage,
     AnswerMessage,
     CloseMessage,
     ForkMessage,
@@ -79,7 +81,8 @@ class Engine:
         state = TrunkState(trunk)
         self._runner = Runner(trunk, self.kv, state)
         self.tape = Tape(runs.tape_budget_bytes)
-        self._runs = RunTable(state, self.tape, runs)
+        self._adapters = AdapterTable(state, runs.max_adapters)
+        self._runs = RunTable(state, self.tape, runs, self._adapters)
         self._run_steps = RunSteps(
             trunk, state, self.tape, lease_s=runs.tape_lease_s, staleness_limit=runs.staleness_limit
         )
@@ -145,6 +148,22 @@ class Engine:
 
     def run_facts(self) -> Future[list[RunFacts]]:
         return self._ask(lambda: [run.facts() for run in self._runs])
+
+    def load_adapter(self, message: AdapterMessage) -> Future[AdapterVersion]:
+        self._refuse_when_draining()
+        return self._ask(lambda: self._adapters.load(message).version)
+
+    def unload_adapter(self, name: str) -> Future[int]:
+        """The bytes that this frees."""
+        return self._ask(lambda: self._adapters.unload(name))
+
+    def adapter(self, name: str) -> Future[AdapterMessage]:
+        """The trunk's part of a run's adapter as it is now, for its members to take.
+
+        Raises (in the future):
+            RunLost: there is no such run; AccessDenied: it was opened with `allow_download` off.
+        """
+        return self._ask(lambda: self._runs.named(name).download())
 
     def with_run(self, name: str, do: Callable[[Run], Result]) -> Future[Result]:
         """Have something done with a run between two steps, on the engine's thread: keep it short."""

@@ -11,9 +11,9 @@ from torch import Tensor
 from splitlearn.engine import optimizer
 from splitlearn.engine.checkpoint import RunSnapshot
 from splitlearn.engine.trunk_state import AdapterVersion
-from splitlearn.errors import CheckpointError, MessageError, StepOutOfOrder
+from splitlearn.errors import AccessDenied, CheckpointError, MessageError, StepOutOfOrder
 from splitlearn.vocabulary import RunSettings
-from splitlearn.wire.messages import AnswerMessage, OptimizerStep, RunFacts
+from splitlearn.wire.messages import AdapterMessage, AnswerMessage, OptimizerStep, RunFacts
 
 KEPT_ANSWERS = 8
 NO_GRADIENT = -1.0
@@ -126,6 +126,19 @@ class Run:
             unscaled = gradient.float() if loss_scale == 1.0 else gradient.float() * (1.0 / loss_scale)
             held = self._gradients[index]
             self._gradients[index] = unscaled if held is None else held + unscaled
+
+    def download(self) -> AdapterMessage:
+        """The weights as they are now, on the CPU.
+
+        Raises:
+            AccessDenied: the run was opened so that the trunk's part stays on the server.
+        """
+        if not self.settings.allow_download:
+            raise AccessDenied(
+                f"run {self.name} was opened with allow_download off: its trunk part stays on this server"
+            )
+        weights = {name: weight.detach().cpu().clone() for name, weight in self.masters.items()}
+        return AdapterMessage(self.name, self.version, self.settings.lora, weights)
 
     def gradients(self) -> dict[str, Tensor | None]:
         """What has been accumulated since the last step, by the weights' names."""

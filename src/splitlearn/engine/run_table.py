@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
-from itertools import count
+
+from torch import Tensor
 
 from splitlearn.config import RunConfig
 from splitlearn.engine import optimizer
+from splitlearn.engine.adapter_table import AdapterTable, fitting
 from splitlearn.engine.checkpoint import RunSnapshot
 from splitlearn.engine.run import Run
 from splitlearn.engine.tape import Tape
@@ -23,13 +25,13 @@ RUN_BITS = 48
 class RunTable:
     """Belongs to the engine's thread. A run outlives its client's connection; its name brings it back."""
 
-    def __init__(self, state: TrunkState, tape: Tape, config: RunConfig) -> None:
+    def __init__(self, state: TrunkState, tape: Tape, config: RunConfig, adapters: AdapterTable) -> None:
         self._state = state
+        self._adapters = adapters
         self._tape = tape
         self._config = config
         self._runs: dict[str, Run] = {}
         self._by_number: dict[int, Run] = {}
-        self._slots = count()
 
     def __len__(self) -> int:
         return len(self._runs)
@@ -55,8 +57,10 @@ class RunTable:
         self._check(settings)
         slot, weights = None, {}
         if settings.lora.r:
-            slot = f"slot{next(self._slots)}"
+            slot = self._state.new_slot()
             weights = self._state.slots.add(slot, settings.lora, settings.seed)
+            if asked.start_from:
+                weights = self._start(asked, slot, weights)
         run = Run(asked.name, secrets.randbits(RUN_BITS) | 1, settings, slot, weights, client)
         self._runs[run.name] = self._by_number[run.number] = run
         return run
@@ -111,10 +115,12 @@ class RunTable:
         return run
 
     def adapter(self, name: str) -> AdapterVersion:
-        """A run's weights as they are now, for generation; raises AdapterError where there is none."""
-        if name not in self._runs:
-            raise AdapterError(f"this server has no adapter {name!r}; leave it out")
-        return self._runs[name].current
+        """A run's weights as they are now, or a loaded adapter's; raises AdapterError for neither."""
+        if name in self._runs:
+            return self._runs[name].current
+        if (loaded := self._adapters.find(name)) is not None:
+            return loaded.version
+        raise AdapterError(f"this server has no adapter {name!r}: load it, or leave it out")
 
     def close(self, name: str) -> Run:
         """Free what the run holds in memory; its checkpoints stay."""
@@ -124,6 +130,17 @@ class RunTable:
         if run.slot is not None:
             self._state.slots.remove(run.slot)
         return run
+
+    def _start(self, asked: OpenRun, slot: str, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A loaded adapter's weights in place of drawn ones."""
+        try:
+            loaded = self._adapters.find(asked.start_from)
+            if loaded is None:
+                raise AdapterError(f"no adapter {asked.start_from!r} is loaded on this server: load it first")
+            return fitting(loaded.version.weights, drawn)
+        except AdapterError:
+            self._state.slots.remove(slot)
+            raise
 
     def _check(self, settings: RunSettings) -> None:
         """Before anything is added to the trunk."""

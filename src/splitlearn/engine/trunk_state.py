@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import count
 
 from torch import Tensor
 
@@ -34,6 +35,11 @@ class TrunkState:
         self._trunk = trunk
         self._training = trunk.training
         self._checkpoint_every = 0
+        self._numbers = count(1)
+
+    def new_slot(self) -> str:
+        """A name for an adapter's place in the layers; never one that was there before."""
+        return f"slot{next(self._numbers)}"
 
     def set(self, adapter: AdapterVersion, *, training: bool = False, checkpoint_every: int = 0) -> None:
         """Compute with this adapter; `training` turns dropout on, every n-th layer is recomputed then."""

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from splitlearn.errors import AdapterError
 from splitlearn.vocabulary import LoraSettings
 
+ADAPTER = "default"
+"""What the client's adapter is called in PEFT's layers, as PEFT calls it."""
 ALL_LINEAR = "all-linear"
 MAX_RANK = 1024
 TYPED = {
@@ -229,7 +231,13 @@ class LoraSlots:
         self._activate(None)
 
     def bind(self, slot: str | None, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Compute with this adapter from now on; None is the bare base."""
+        """Compute with this adapter from now on; None is the bare base.
+
+        Raises:
+            AdapterError: the adapter has been removed.
+        """
+        if slot is not None and slot not in self._places:
+            raise AdapterError("the adapter was unloaded, or its run closed: open another session")
         if slot != self._active:
             self._activate(slot)
         if slot is None or weights is None or weights is self._bound:

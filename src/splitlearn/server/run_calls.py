@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from dataclasses import replace
 
 from splitlearn.engine.checkpoint import RunStore
 from splitlearn.engine.run import Run
-from splitlearn.errors import MessageError, ResourceExhausted, RunLost, StepOutOfOrder
+from splitlearn.errors import (
+    MessageError,
+    ResourceExhausted,
+    RunLost,
+    SplitLearnError,
+    StepOutOfOrder,
+)
 from splitlearn.server.client_stream import Hall
-from splitlearn.server.refusal import Context, refusing
+from splitlearn.server.refusal import Context, refuse, refusing
+from splitlearn.wire.adapters import AdapterAssembly, adapter_to_parts
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.generated import splitlearn_pb2_grpc as rpc
 from splitlearn.wire.handshake import client_id
@@ -94,6 +102,36 @@ class RunCalls(rpc.TrunkServicer):
             if not self._store.steps(name):
                 raise
         return pb.DeleteReply(freed_bytes=await asyncio.to_thread(self._store.delete, name))
+
+    @refusing
+    async def LoadAdapter(self, requests: AsyncIterator[pb.AdapterPart], context: Context) -> pb.AdapterReply:
+        assembly = AdapterAssembly(self._hall.config.runs.max_adapter_bytes)
+        async for part in requests:
+            if (adapter := await asyncio.to_thread(assembly.add, part)) is not None:
+                client_id(assembly.client)
+                version = await asyncio.wrap_future(self._hall.engine.load_adapter(adapter))
+                size = sum(weight.nbytes for weight in version.weights.values())
+                return pb.AdapterReply(name=version.name, version=version.number, bytes=size)
+        raise MessageError("an adapter's last part did not come: send it again")
+
+    @refusing
+    async def UnloadAdapter(self, request: pb.AdapterRequest, context: Context) -> pb.DeleteReply:
+        unloaded = self._hall.engine.unload_adapter(run_name(request.name))
+        freed_bytes: int = await asyncio.wrap_future(unloaded)
+        return pb.DeleteReply(freed_bytes=freed_bytes)
+
+    async def DownloadAdapter(
+        self, request: pb.AdapterRequest, context: Context
+    ) -> AsyncIterator[pb.AdapterPart]:
+        """The trunk's part of a run's adapter, if the run allows it."""
+        try:
+            found = self._hall.engine.adapter(run_name(request.name))
+            adapter = await asyncio.wrap_future(found)
+            parts = adapter_to_parts(adapter, request.client, self._hall.config.limits.chunk_bytes)
+            while (part := await asyncio.to_thread(next, parts, None)) is not None:
+                yield part
+        except SplitLearnError as error:
+            await refuse(context, error)
 
     @property
     def _store(self) -> RunStore:

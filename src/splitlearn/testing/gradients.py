@@ -10,10 +10,10 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from splitlearn.client.training import ADAPTER, prepare_training, trunk_of
+from splitlearn.client.training import prepare_training, trunk_of
 from splitlearn.engine.engine import Engine
 from splitlearn.engine.run import Run
-from splitlearn.model.lora import add_lora, settings_of, weights_of
+from splitlearn.model.lora import ADAPTER, add_lora, settings_of, weights_of
 
 WAIT_S = 60.0
 SPREAD = 0.05

@@ -25,6 +25,7 @@ from splitlearn.model.weights import load_trunk
 from splitlearn.wire.codecs import CODECS
 from splitlearn.wire.handshake import CLIENT_ID_BYTES, Agreement
 from splitlearn.wire.messages import (
+    AdapterMessage,
     AnswerMessage,
     CloseMessage,
     ForkMessage,
@@ -86,6 +87,15 @@ class LoopbackTransport:
 
     def restore_run(self, name: str, step: int) -> RunFacts:
         raise NotServed("an engine alone has no disk: use a TrunkServer")
+
+    def download_adapter(self, name: str) -> AdapterMessage:
+        return _within(FORK_S, self._engine.adapter(name))
+
+    def load_adapter(self, adapter: AdapterMessage) -> None:
+        _within(FORK_S, self._engine.load_adapter(adapter))
+
+    def unload_adapter(self, name: str) -> None:
+        _within(FORK_S, self._engine.unload_adapter(name))
 
     def fork(self, message: ForkMessage) -> None:
         _within(FORK_S, self._engine.fork(self._client, message))

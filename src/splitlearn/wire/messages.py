@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from splitlearn.errors import SplitLearnError
-from splitlearn.vocabulary import Precision, RunSettings, StepKey, Timings, Versions
+from splitlearn.vocabulary import LoraSettings, Precision, RunSettings, StepKey, Timings, Versions
 
 # B rows   T tokens   D hidden
 
@@ -170,3 +171,13 @@ class RunFacts:
     settings: RunSettings = RunSettings()
     checkpoints: tuple[int, ...] = ()
     bytes_on_disk: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterMessage:
+    """The trunk's part of an adapter, by the names that PEFT gives weights in a file, less its prefix."""
+
+    name: str
+    version: int = 0
+    lora: LoraSettings = LoraSettings()
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
