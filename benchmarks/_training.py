@@ -42,7 +42,7 @@ class Trained:
         model = AutoSplitModelForCausalLM.from_pretrained(
             folder, trunk=address, lora=config, seed=SEED, **how
         )
-        plan_run(model.trunk, optimizer=OptimizerSettings(learning_rate=LEARNING_RATE))
+        plan_run(model.trunk, OptimizerSettings(learning_rate=LEARNING_RATE))
         return cls(model.train(), _optimizer(model))
 
     def step(self, ids: torch.Tensor, max_norm: float = 1.0) -> tuple[float, float]:

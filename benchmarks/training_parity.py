@@ -2,8 +2,8 @@
 
 SmolLM2-135M, LoRA r=8 on all linear layers from one initial adapter, batch 2 x 64, accumulation 2, clipping
 at 1.0, cosine schedule, weight decay 0.01, dropout 0, over a real socket; in float32, and under bfloat16
-autocast with a float32 wire. Compared: every logged loss, and the update of all LoRA weights (after minus before)
-in relative norm. The control clips the trunk by its own norm alone: it must fail.
+autocast with a float32 wire. Compared: every logged loss, and the update of all LoRA weights (after minus
+before) in relative norm. The control clips the trunk by its own norm alone: it must fail.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from splitlearn.client.training import clip_grad_norm
 from splitlearn.model.lora import ADAPTER, add_lora, settings_of, weights_of
 
 STEPS, ROWS, TOKENS, ACCUMULATION, SEED = 20, 2, 64, 2, 0
+Weights = dict[str, torch.Tensor]
 CLOSE_LOSS, CLOSE_UPDATE, CLOSE_AUTOCAST = 1e-5, 1e-3, 1e-3
 
 
@@ -64,25 +65,25 @@ def train(kind: type[Trainer], model: Any, ids: torch.Tensor, **how: Any) -> lis
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def run_whole(folder: Path, ids: torch.Tensor, **how: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
+def run_whole(folder: Path, ids: torch.Tensor, **how: Any) -> tuple[list[float], Weights, Weights]:
+    """The losses, and the adapter before and after; the split model draws the same one."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     add_lora(model, settings_of(lora(), model.config.model_type), ADAPTER, SEED)
     before = copies(weights_of(model, ADAPTER))
     losses = train(Trainer, model, ids, **how)
-    return losses, changes(before, weights_of(model, ADAPTER))
+    return losses, before, copies(weights_of(model, ADAPTER))
 
 
 def run_split(
     folder: Path, address: str, ids: torch.Tensor, kind: type[Trainer] = SplitTrainer, **how: Any
-) -> tuple[list[float], dict[str, torch.Tensor]]:
+) -> tuple[list[float], Weights]:
     model = AutoSplitModelForCausalLM.from_pretrained(
         folder, trunk=address, lora=lora(), seed=SEED, dtype=torch.float32
     )
-    before = model.adapter_weights()
     losses = train(kind, model, ids, **how)
-    update = changes(before, model.adapter_weights())
+    after = model.adapter_weights()
     model.close()
-    return losses, update
+    return losses, after
 
 
 def copies(weights: Any) -> dict[str, torch.Tensor]:
@@ -97,7 +98,7 @@ def loss_distance(ours: list[float], theirs: list[float]) -> float:
     return max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))
 
 
-def update_distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+def update_distance(ours: dict[str, torch.Tensor], theirs: Weights) -> float:
     assert ours.keys() == theirs.keys()
     apart = sum(float((ours[name] - theirs[name]).double().square().sum()) for name in theirs)
     return float((apart / sum(float(update.double().square().sum()) for update in theirs.values())) ** 0.5)
@@ -113,13 +114,14 @@ def main() -> None:
             ("float32", {}, CLOSE_UPDATE),
             ("bfloat16 autocast", {"bf16": True}, CLOSE_AUTOCAST),
         ):
-            whole_losses, whole_update = run_whole(folder, ids, **how)
+            whole_losses, before, whole = run_whole(folder, ids, **how)
             kinds = {"split": SplitTrainer}
             if not how:
                 kinds["control: trunk clipped by itself"] = TrunkClippedByItself
             for what, kind in kinds.items():
-                losses, update = run_split(folder, server.address, ids, kind, **how)
-                apart = loss_distance(losses, whole_losses), update_distance(update, whole_update)
+                losses, split = run_split(folder, server.address, ids, kind, **how)
+                updates = changes(before, split), changes(before, whole)
+                apart = loss_distance(losses, whole_losses), update_distance(*updates)
                 figures[f"{name}, {what}"] = {"loss": apart[0], "update": apart[1], "losses": losses}
                 rows.append((f"{name}, {what}", f"{apart[0]:.1e}", f"{apart[1]:.1e}", f"{close:.0e}"))
                 print(rows[-1], flush=True)

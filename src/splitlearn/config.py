@@ -136,6 +136,8 @@ class ServerConfig(Settings):
     """Attention implementation; "auto" takes the library's choice for this family."""
     state_dir: Path = Field(default_factory=_state_dir)
     """Where training runs are saved, in a folder per model; made when the first is."""
+    compile: bool = False
+    """Compile the trunk's layers for training (`torch.compile`): faster steps after a slow first one."""
     threads: NonNegativeInt = 0
     """CPU threads for the trunk's computation; 0 leaves torch's default."""
     drain_s: PositiveFloat = 30.0

@@ -12,7 +12,7 @@ from transformers import Cache
 
 from splitlearn.client.call_context import Call, CallContext
 from splitlearn.client.remote_cache import session_of
-from splitlearn.client.run import ClientRun
+from splitlearn.client.run import ClientRun, require_same
 from splitlearn.client.transport import Transport
 from splitlearn.config import ClientConfig
 from splitlearn.errors import RunLost, UnsupportedCall
@@ -115,8 +115,9 @@ class RemoteTrunk(nn.Module):
         """
         if self._run is None:
             if self.planned is None:
-                raise UnsupportedCall(_NO_RUN)
+                raise UnsupportedCall(NO_RUN)
             facts = self._open_or_join(self.planned)
+            require_same(facts.name, facts.settings, self.planned.settings)
             self._run = ClientRun(self.transport, facts, self.planned.settings, self._config.train_s)
         return self._run
 
@@ -140,7 +141,7 @@ class RemoteTrunk(nn.Module):
         """
         planned = self.planned
         if planned is None:
-            raise UnsupportedCall(_NO_RUN)
+            raise UnsupportedCall(NO_RUN)
         self.planned = replace(planned, name=name)
         facts = self.transport.restore_run(name, step)
         self._run = ClientRun(self.transport, facts, planned.settings, self._config.train_s)
@@ -199,7 +200,7 @@ class RemoteTrunk(nn.Module):
         return self._config.decode_s if is_decode else self._config.prefill_s
 
 
-_NO_RUN = (
+NO_RUN = (
     "this model was loaded to generate: load it with lora=LoraConfig(...) to train it, "
     "or with freeze=['trunk'] to train bottom and top alone"
 )
@@ -213,7 +214,7 @@ class _Untrained(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, activation_BTD: Tensor, remote: RemoteTrunk, call: Call) -> Tensor:
-        ctx.why_not = _NO_RUN if remote.planned is None else _WITH_CACHE
+        ctx.why_not = NO_RUN if remote.planned is None else _WITH_CACHE
         return remote.exchange(activation_BTD, call)
 
     @staticmethod

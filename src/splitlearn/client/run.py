@@ -10,7 +10,7 @@ import xxhash
 from torch import Tensor
 
 from splitlearn.client.transport import Transport
-from splitlearn.errors import TapeExpired, UnappliedGradients
+from splitlearn.errors import SettingError, TapeExpired, UnappliedGradients
 from splitlearn.vocabulary import Phase, RunSettings, StepKey, Timings
 from splitlearn.wire.messages import AnswerMessage, OptimizerStep, RunFacts, RunStepMessage
 
@@ -171,3 +171,20 @@ class ClientRun:
 def _tensor_of(answer: AnswerMessage) -> Tensor:
     assert answer.activation_BTD is not None
     return answer.activation_BTD
+
+
+def require_same(name: str, there: RunSettings, wanted: RunSettings) -> None:
+    """Each step brings its learning rate; what else a run was opened with stays.
+
+    Raises:
+        SettingError: what is wanted now is something else.
+    """
+    if replace(there.optimizer, learning_rate=0.0) != replace(wanted.optimizer, learning_rate=0.0):
+        raise SettingError(
+            f"run {name} was opened with {there.optimizer}, now {wanted.optimizer} is wanted: "
+            "make the trainer before the model is first called, or take another run name"
+        )
+    if there.lora != wanted.lora or there.precision.autocast != wanted.precision.autocast:
+        raise SettingError(
+            f"run {name} was opened with other LoRA settings or another autocast: take another run name"
+        )

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from splitlearn.client.adapter_files import read_config, start_from
-from splitlearn.client.remote_trunk import RemoteTrunk
-from splitlearn.errors import SettingError
+from splitlearn.client.remote_trunk import NO_RUN, RemoteTrunk
+from splitlearn.client.run import require_same
+from splitlearn.errors import SettingError, UnsupportedCall
 from splitlearn.model.lora import ADAPTER, add_lora, settings_of
-from splitlearn.vocabulary import LoraSettings, RunSettings
+from splitlearn.vocabulary import LoraSettings, OptimizerSettings, Precision, RunSettings
 from splitlearn.wire.messages import OpenRun
 
 PARTS = ("bottom", "trunk", "top")
@@ -127,8 +128,24 @@ def _norms(gradients: list[Tensor]) -> list[Tensor]:
     return list(torch._foreach_norm(gradients, 2.0)) if gradients else []
 
 
-def plan_run(trunk: RemoteTrunk, **settings: object) -> None:
-    """Change what the run will be opened with (fields of `RunSettings`), as long as it is not open."""
-    if trunk.planned is not None and not trunk.is_training:
-        planned = trunk.planned
-        trunk.planned = replace(planned, settings=replace(planned.settings, **settings))  # type: ignore[arg-type]
+def plan_run(
+    trunk: RemoteTrunk, optimizer: OptimizerSettings, accumulation: int = 1, autocast: str = ""
+) -> None:
+    """Say what the run is opened with; of an open one, only the accumulation can still change.
+
+    Raises:
+        UnsupportedCall: the model was loaded without `lora=`.
+        SettingError: the run is open already, with another optimizer or precision.
+    """
+    if trunk.planned is None:
+        raise UnsupportedCall(NO_RUN)
+    settings = replace(
+        trunk.planned.settings,
+        optimizer=optimizer,
+        accumulation=accumulation,
+        precision=Precision(autocast=autocast),
+    )
+    if trunk.is_training:
+        require_same(trunk.run.name, trunk.run.settings, settings)
+        trunk.run.accumulation = accumulation
+    trunk.planned = replace(trunk.planned, settings=settings)

@@ -72,13 +72,15 @@ class Engine:
         batching: BatchingConfig,
         sessions: SessionConfig,
         runs: RunConfig | None = None,
+        *,
+        compiled: bool = False,
     ) -> None:
         runs = runs or RunConfig()
         self.trunk = trunk
         self.kv = _kv_cache(trunk, sessions)
         self.ran = BatchCounts()
         self._max_positions = trunk.max_positions
-        state = TrunkState(trunk)
+        state = TrunkState(trunk, compiled=compiled)
         self._runner = Runner(trunk, self.kv, state)
         self.tape = Tape(runs.tape_budget_bytes)
         self._adapters = AdapterTable(state, runs.max_adapters)

@@ -102,7 +102,8 @@ class Run:
             places = {name: place for place, name in enumerate(self.masters)}
             for key, value in snapshot.optimizer.items():
                 name, _, kind = key.rpartition(STATE_OF)
-                state[places[name]][kind] = value
+                # torch would take the snapshot's own tensors and step them.
+                state[places[name]][kind] = value.clone()
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
         self.step, self.skipped = snapshot.step, snapshot.skipped

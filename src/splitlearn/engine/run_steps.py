@@ -119,9 +119,11 @@ class RunSteps:
                 f"a gradient of shape {list(gradient_BTD.shape)} for an activation of "
                 f"{list(output_BTD.shape)}"
             )
-        found: list[Tensor | None] = [
-            *torch.autograd.grad(output_BTD, wanted, gradient_BTD, allow_unused=True)
-        ]
+        # On this thread: torch has one other thread a device, which a client in this process may hold.
+        with torch.autograd.set_multithreading_enabled(False):
+            found: list[Tensor | None] = [
+                *torch.autograd.grad(output_BTD, wanted, gradient_BTD, allow_unused=True)
+            ]
         return (found.pop(0) if asked.want_input_gradient else None), found
 
     def _norms(self, run: Run, asked: RunStepMessage) -> AnswerMessage:
@@ -149,6 +151,16 @@ class RunSteps:
         self, settings: RunSettings, asked: RunStepMessage, adapter: AdapterVersion
     ) -> tuple[Tensor, Tensor]:
         """The activation at the upper cut, and the input that it was computed from."""
+        try:
+            return self._forward_through(settings, asked, adapter)
+        except Exception as error:
+            if not self._state.compiled.give_up(error):
+                raise
+            return self._forward_through(settings, asked, adapter)
+
+    def _forward_through(
+        self, settings: RunSettings, asked: RunStepMessage, adapter: AdapterVersion
+    ) -> tuple[Tensor, Tensor]:
         assert asked.tensor_BTD is not None
         self._set(settings, asked, adapter)
         autocast = settings.precision.autocast

@@ -8,6 +8,7 @@ from itertools import count
 
 from torch import Tensor
 
+from splitlearn.engine.compiled_layers import CompiledLayers
 from splitlearn.errors import SettingError
 from splitlearn.model.lora import LoraSlots
 from splitlearn.model.segments import TrunkSegment
@@ -30,7 +31,9 @@ BARE = AdapterVersion()
 class TrunkState:
     """Set before each forward; what is set already costs nothing."""
 
-    def __init__(self, trunk: TrunkSegment) -> None:
+    def __init__(self, trunk: TrunkSegment, *, compiled: bool = False) -> None:
+        self.compiled = CompiledLayers(trunk.layers)
+        self._compile_training = compiled
         self.slots = LoraSlots(trunk.causal_lm)
         self._trunk = trunk
         self._training = trunk.training
@@ -50,6 +53,7 @@ class TrunkState:
         if training and checkpoint_every != self._checkpoint_every:
             self._checkpoint(checkpoint_every)
             self._checkpoint_every = checkpoint_every
+        self.compiled.use(training and self._compile_training)
 
     def require_checkpointing(self) -> None:
         """Raises SettingError where this family cannot recompute a layer."""

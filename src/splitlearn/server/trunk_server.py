@@ -74,7 +74,8 @@ class TrunkServer:
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
         trunk, self._identity = load(self.config)
-        self._engine = Engine(trunk, self.config.batching, self.config.sessions, self.config.runs)
+        config = self.config
+        self._engine = Engine(trunk, config.batching, config.sessions, config.runs, compiled=config.compile)
         self._engine.on_failure = lambda: self._ask_to_stop()
         self._engine.start()
         self._thread.start()

@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotat
 
 from splitlearn.client.remote_trunk import RemoteTrunk
 from splitlearn.client.training import clip_grad_norm, parts_of, plan_run, trunk_of
-from splitlearn.errors import CheckpointError, RunRolledBack, UnsupportedCall
+from splitlearn.errors import CheckpointError, RunRolledBack
 from splitlearn.training.checkpoint import (
     Note,
     complete,
@@ -22,7 +22,7 @@ from splitlearn.training.checkpoint import (
     save_weights,
     whole_checkpoints,
 )
-from splitlearn.vocabulary import OptimizerSettings, Precision
+from splitlearn.vocabulary import OptimizerSettings
 
 UNCLIPPED = float("inf")
 log = logging.getLogger("splitlearn")
@@ -178,13 +178,9 @@ class _SkippedSteps(TrainerCallback):
 
 def _plan(trunk: RemoteTrunk, args: TrainingArguments) -> None:
     """Tell the run, before it opens, what the arguments say."""
-    if trunk.planned is None:
-        raise UnsupportedCall(
-            "this model was loaded to generate: load it with lora=LoraConfig(...) to train it"
-        )
     plan_run(
         trunk,
-        optimizer=OptimizerSettings(
+        OptimizerSettings(
             name=str(getattr(args.optim, "value", args.optim)),
             learning_rate=args.learning_rate,
             weight_decay=args.weight_decay,
@@ -193,7 +189,7 @@ def _plan(trunk: RemoteTrunk, args: TrainingArguments) -> None:
             epsilon=args.adam_epsilon,
         ),
         accumulation=args.gradient_accumulation_steps,
-        precision=Precision(autocast=_autocast(args)),
+        autocast=_autocast(args),
     )
 
 

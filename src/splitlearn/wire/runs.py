@@ -80,6 +80,7 @@ def facts_to_proto(facts: RunFacts) -> pb.RunReply:
         lora=lora_to_proto(facts.settings.lora),
         optimizer=optimizer_to_proto(facts.settings.optimizer),
         bytes_on_disk=facts.bytes_on_disk,
+        precision=precision_to_proto(facts.settings.precision),
     )
 
 
@@ -92,7 +93,9 @@ def facts_from_proto(proto: pb.RunReply) -> RunFacts:
         step=proto.step,
         version=proto.version,
         settings=RunSettings(
-            lora=lora_from_proto(proto.lora), optimizer=optimizer_from_proto(proto.optimizer)
+            lora=lora_from_proto(proto.lora),
+            optimizer=optimizer_from_proto(proto.optimizer),
+            precision=precision_from_proto(proto.precision),
         ),
         checkpoints=tuple(proto.checkpoints),
         bytes_on_disk=proto.bytes_on_disk,
