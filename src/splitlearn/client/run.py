@@ -97,7 +97,8 @@ class ClientRun:
             self._ask(forward)
             answer = self._ask(asked)
         with self._lock:
-            self._unapplied += 1
+            # A trunk that is not trained holds no gradient that anybody could forget.
+            self._unapplied += bool(self.settings.lora.r)
         return answer.activation_BTD
 
     def evaluate(self, activation_BTD: Tensor, mask_BT: Tensor | None, positions_BT: Tensor | None) -> Tensor:

@@ -42,6 +42,8 @@ def prepare_training(
     """
     if unknown := set(freeze) - set(PARTS):
         raise SettingError(f"freeze names {', '.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
+    if set(freeze) == set(PARTS):
+        raise SettingError("freeze names every part: leave out one to train")
     if lora is None and "trunk" not in freeze:
         if freeze or run is not None:
             raise SettingError(

@@ -70,28 +70,36 @@ class RunStore:
                 "settings": asdict(snapshot.settings),
                 "digests": {name: _digest(unfinished / name) for name in (WEIGHTS, OPTIMIZER)},
             }
+            note["digest"] = _digest_of_note(note)
             (unfinished / NOTE).write_text(json.dumps(note, indent=1))
             for file in unfinished.iterdir():
                 sync(file)
-            shutil.rmtree(target, ignore_errors=True)
+            if target.exists():
+                target.rename(unfinished.with_name(f"{unfinished.name}-former"))
             unfinished.rename(target)
             sync(target.parent)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise CheckpointError(
-                f"step {snapshot.step} of run {snapshot.name} could not be saved ({error.strerror}): "
+                f"step {snapshot.step} of run {snapshot.name} could not be saved ({_why(error)}): "
                 "make room in the server's --state-dir; the checkpoint before it is still there"
             ) from None
 
     def read(self, name: str, step: int) -> RunSnapshot:
         """Raises CheckpointError where it is not there, torn, changed, or of a newer version."""
         folder = self._folder / name / f"step-{step:08d}"
+        if not (folder / NOTE).is_file():
+            raise CheckpointError(
+                f"run {name} has no checkpoint of step {step} here; it has {list(self.steps(name)) or 'none'}"
+            )
         try:
             note = json.loads((folder / NOTE).read_text())
             if note["format"] > FORMAT:
                 raise CheckpointError(
                     f"step {step} of run {name} was written by a newer version of splitlearn: update this one"
                 )
+            if note.pop("digest") != _digest_of_note(note):
+                raise CheckpointError(_torn(name, step))
             for file, digest in note["digests"].items():
                 if _digest(folder / file) != digest:
                     raise CheckpointError(_torn(name, step))
@@ -100,10 +108,6 @@ class RunStore:
             return RunSnapshot(
                 name, note["step"], note["version"], note["skipped"], settings, weights, optimizer
             )
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"run {name} has no checkpoint of step {step} here; it has {list(self.steps(name)) or 'none'}"
-            ) from None
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             raise CheckpointError(_torn(name, step)) from None
 
@@ -147,6 +151,14 @@ def _digest(file: Path) -> str:
         while piece := content.read(DIGEST_BYTES):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def _digest_of_note(note: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(note, sort_keys=True).encode())
+
+
+def _why(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]
 
 
 def _settings(told: dict[str, Any]) -> RunSettings:

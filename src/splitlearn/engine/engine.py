@@ -36,7 +36,6 @@ from splitlearn.errors import (
     MessageError,
     ResourceExhausted,
     SessionLost,
-    SettingError,
     SplitLearnError,
     StepOutOfOrder,
     StepTimeout,
@@ -44,8 +43,7 @@ from splitlearn.errors import (
     TrunkFailed,
 )
 from splitlearn.model.segments import TrunkSegment
-from splitlearn.vocabulary import AUTOCASTS, Phase, Precision, Timings
-from splitlearn.wire.dtypes import dtype_name
+from splitlearn.vocabulary import Phase, Timings
 from splitlearn.wire.messages import (
     AdapterMessage,
     AnswerMessage,
@@ -80,7 +78,7 @@ class Engine:
         self.kv = _kv_cache(trunk, sessions)
         self.ran = BatchCounts()
         self._max_positions = trunk.max_positions
-        state = TrunkState(trunk, compiled=compiled)
+        self._state = state = TrunkState(trunk, compiled=compiled)
         self._runner = Runner(trunk, self.kv, state)
         self.tape = Tape(runs.tape_budget_bytes)
         self._adapters = AdapterTable(state, runs.max_adapters)
@@ -360,17 +358,7 @@ class Engine:
             raise MessageError("a session knows forward steps only; the other phases belong to a run")
         if message.open is not None:
             self._refuse_when_draining()
-            self._check_precision(message.open.precision)
-
-    def _check_precision(self, wanted: Precision) -> None:
-        held = dtype_name(self.trunk.dtype)
-        if wanted.weights not in ("", held):
-            raise SettingError(f"the session wants weights in {wanted.weights}, this trunk holds {held}")
-        if wanted.autocast not in ("", *AUTOCASTS):
-            raise SettingError(
-                f"the session wants autocast to {wanted.autocast}: "
-                f"it is {' or '.join(AUTOCASTS)}, or left out"
-            )
+            self._state.require_precision(message.open.precision)
 
     def _refuse_when_draining(self) -> None:
         if self._draining.is_set():

@@ -20,11 +20,15 @@ def build(settings: OptimizerSettings, weights: Sequence[Tensor]) -> torch.optim
 
 
 def require_known(settings: OptimizerSettings) -> None:
-    """Raises SettingError where it is none of those that are served."""
+    """Raises SettingError where it is none of those that are served, or torch takes no such constants."""
     if settings.name not in BUILDERS:
         raise SettingError(
             f"the trunk has no optimizer {settings.name!r}: use optim= one of {', '.join(sorted(BUILDERS))}"
         )
+    try:
+        BUILDERS[settings.name](settings, [torch.zeros(1, requires_grad=True)])
+    except ValueError as error:
+        raise SettingError(f"torch refuses {settings}: {error}") from None
 
 
 def _adamw(settings: OptimizerSettings, weights: Sequence[Tensor], **how: Any) -> torch.optim.Optimizer:

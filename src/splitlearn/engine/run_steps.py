@@ -65,7 +65,7 @@ class RunSteps:
         if entry is not None and entry.output_BTD is not None:
             return self._answer(run, asked, entry.output_BTD)
         assert asked.tensor_BTD is not None
-        shape = _shape_of(run.settings, asked)
+        shape = _shape_of(run, asked)
         self._tape.require_room(asked.tensor_BTD.nbytes + self._graph_bytes.get(shape, 0))
         entry = TapeEntry(asked, run.current, asked.tensor_BTD.nbytes, time.monotonic() + self._lease_s)
         if run.settings.tape.recompute:
@@ -109,6 +109,10 @@ class RunSteps:
         wanted: list[Tensor] = list(entry.adapter.weights.values())
         if asked.want_input_gradient:
             assert input_BTD is not None
+            if not input_BTD.requires_grad:
+                raise MessageError(
+                    "the gradient at the lower cut is wanted, but its forward said it would not be"
+                )
             wanted = [input_BTD, *wanted]
         if not wanted:
             return None, []
@@ -219,18 +223,16 @@ class RunSteps:
         self._graph_bytes[shape] = sum(kept.values())
 
 
-def _shape_of(settings: RunSettings, asked: RunStepMessage) -> Shape:
+def _shape_of(run: Run, asked: RunStepMessage) -> Shape:
     """What the size of a graph depends on."""
-    lora = settings.lora
     return (
+        run.number,
         asked.rows,
         asked.tokens,
         asked.mask_columns_BT is None,
+        asked.positions_BT is None,
         asked.want_input_gradient,
         bool(asked.seed),
-        settings.tape.checkpoint_every,
-        settings.precision.autocast,
-        (lora.r, lora.target_modules, lora.dropout),
     )
 
 

@@ -145,6 +145,7 @@ class RunTable:
     def _check(self, settings: RunSettings) -> None:
         """Before anything is added to the trunk."""
         optimizer.require_known(settings.optimizer)
+        self._state.require_precision(settings.precision)
         if settings.lora.r:
             lora.check(settings.lora)
         if settings.tape.checkpoint_every:

@@ -12,6 +12,8 @@ from splitlearn.engine.compiled_layers import CompiledLayers
 from splitlearn.errors import SettingError
 from splitlearn.model.lora import LoraSlots
 from splitlearn.model.segments import TrunkSegment
+from splitlearn.vocabulary import AUTOCASTS, Precision
+from splitlearn.wire.dtypes import dtype_name
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,6 +56,16 @@ class TrunkState:
             self._checkpoint(checkpoint_every)
             self._checkpoint_every = checkpoint_every
         self.compiled.use(training and self._compile_training)
+
+    def require_precision(self, wanted: Precision) -> None:
+        """Raises SettingError where the trunk's weights are of another dtype, or autocast knows no such."""
+        held = dtype_name(self._trunk.dtype)
+        if wanted.weights not in ("", held):
+            raise SettingError(f"weights in {wanted.weights} are wanted, this trunk holds {held}")
+        if wanted.autocast not in ("", *AUTOCASTS):
+            raise SettingError(
+                f"autocast to {wanted.autocast} is wanted: it is {' or '.join(AUTOCASTS)}, or left out"
+            )
 
     def require_checkpointing(self) -> None:
         """Raises SettingError where this family cannot recompute a layer."""

@@ -13,7 +13,7 @@ import torch
 import xxhash
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import delete_adapter
+from peft.tuners.tuners_utils import cast_adapter_dtype
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from torch import Tensor, nn
 
@@ -58,6 +58,8 @@ def settings_of(config: LoraConfig, model_type: str) -> LoraSettings:
         AdapterError: the configuration asks for more than LoRA on linear layers: some of PEFT's options
             rewrite the shared base, name token ids, or train what is not an adapter.
     """
+    if type(config) is not LoraConfig:
+        raise AdapterError(f"{type(config).__name__} is not LoRA as it is served: use LoraConfig")
     for name, default in _defaults():
         if name not in TYPED | HARMLESS and getattr(config, name) != default:
             raise AdapterError(
@@ -152,9 +154,26 @@ def add_lora(model: nn.Module, settings: LoraSettings, adapter: str, seed: int) 
         warnings.simplefilter("ignore")
         try:
             inject_adapter_in_model(config_of(settings), model, adapter)
-        except ValueError as error:
+        except (ValueError, TypeError, AttributeError) as error:
+            remove_lora(model, adapter)
             raise AdapterError(f"LoRA cannot be added: {str(error).splitlines()[0]}") from None
+    # In float32 beside a base in half precision, as PEFT trains it.
+    cast_adapter_dtype(model, adapter)
+    for layer in lora_layers(model):
+        layer.train(model.training)
     draw(weights_of(model, adapter), seed)
+
+
+def remove_lora(model: nn.Module, adapter: str) -> None:
+    """Take an adapter out of the model, all of it or what there is of one that could not be added."""
+    getattr(model, "peft_config", {}).pop(adapter, None)
+    for layer in lora_layers(model):
+        if adapter in layer._all_available_adapter_names():
+            layer.delete_adapter(adapter)
+
+
+def lora_layers(model: nn.Module) -> list[LoraLayer]:
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 @torch.no_grad()
@@ -213,7 +232,7 @@ class LoraSlots:
             AdapterError: no module of this trunk has one of the target names.
         """
         add_lora(self._model, settings, slot, seed)
-        self._layers = [module for module in self._model.modules() if isinstance(module, LoraLayer)]
+        self._layers = lora_layers(self._model)
         self._places[slot] = dict(_places(self._model, slot))
         weights = {name: owner._parameters[key] for name, (owner, key) in self._places[slot].items()}
         self._activate(None)
@@ -226,8 +245,7 @@ class LoraSlots:
     def remove(self, slot: str) -> None:
         """Free an adapter's layers; versions of its weights that are still held stay what they are."""
         del self._places[slot]
-        self._model.peft_config.pop(slot)  # type: ignore[operator, union-attr]
-        delete_adapter(self._model, slot, prefix="lora_")
+        remove_lora(self._model, slot)
         self._activate(None)
 
     def bind(self, slot: str | None, weights: Mapping[str, Tensor] | None = None) -> None:

@@ -244,7 +244,9 @@ def _loss_scale(proto: pb.Step) -> float:
     return proto.loss_scale or 1.0
 
 
-def _optimizer(proto: pb.Step) -> OptimizerStep:
+def _optimizer(proto: pb.Step) -> OptimizerStep | None:
+    if not proto.HasField("optimizer"):
+        return None
     step = proto.optimizer
     if not all(math.isfinite(each) and each >= 0 for each in (step.gradient_scale, step.learning_rate)):
         raise MessageError("an optimizer step's scale and learning rate are finite numbers, none below 0")

@@ -74,8 +74,7 @@ def test_a_server_describes_itself(server):
 @pytest.mark.parametrize(
     ("call", "request_message"),
     [
-        ("UnloadAdapter", pb.AdapterRequest()),
-        ("LoadAdapter", iter([pb.AdapterPart()])),
+        ("ImportSession", iter([pb.SessionPart()])),
     ],
 )
 def test_what_belongs_to_later_versions_is_not_served(server, call, request_message):
@@ -85,11 +84,10 @@ def test_what_belongs_to_later_versions_is_not_served(server, call, request_mess
     assert isinstance(error_of(refused.value, ""), NotServed)
 
 
-@pytest.mark.parametrize("call", ["DownloadAdapter", "ExportSession"])
+@pytest.mark.parametrize("call", ["ExportSession"])
 def test_streams_that_belong_to_later_versions_are_not_served(server, call):
-    kind = {"DownloadAdapter": pb.AdapterRequest, "ExportSession": pb.ExportSessionRequest}[call]
     with stub(server) as trunk, pytest.raises(grpc.RpcError) as refused:
-        list(getattr(trunk, call)(kind(), timeout=DEADLINE_S))
+        list(getattr(trunk, call)(pb.ExportSessionRequest(), timeout=DEADLINE_S))
     assert isinstance(error_of(refused.value, ""), NotServed)
 
 
