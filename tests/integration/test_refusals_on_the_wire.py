@@ -61,7 +61,10 @@ class Wire:
                 if not message.HasField("chunk"):
                     self._incoming.put(message)
                 elif (whole := assembly.add(message.chunk)) is not None:
-                    self._incoming.put(pb.ServerMessage.FromString(whole))
+                    message = pb.ServerMessage.FromString(whole.message)
+                    if whole.payload is not None:
+                        message.answer.activation.data = whole.payload.numpy().tobytes()
+                    self._incoming.put(message)
             self._incoming.put(None)
         except grpc.RpcError as error:
             self._incoming.put(error)

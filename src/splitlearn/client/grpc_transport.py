@@ -17,6 +17,7 @@ from splitlearn.config import ClientConfig
 from splitlearn.errors import CorruptFrame, SettingError, StepTimeout, TrunkUnreachable
 from splitlearn.vocabulary import Phase, Precision, StepKey
 from splitlearn.wire.adapters import adapter_from_parts, adapter_to_parts
+from splitlearn.wire.chunks import STREAM_OPTIONS
 from splitlearn.wire.frames import FrameFormat
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.generated import splitlearn_pb2_grpc as rpc
@@ -45,7 +46,6 @@ from splitlearn.wire.status import error_from_proto
 from splitlearn.wire.steps import answer_from_proto, fork_to_proto, run_step_to_proto, step_to_proto
 
 SMALL, BULK = "small", "bulk"
-BULK_BYTES = 256 << 10
 ASK_AGAIN = 2
 Answered = TypeVar("Answered")
 
@@ -62,6 +62,36 @@ def describe(address: str, timeout_s: float) -> TrunkFacts:
         except grpc.RpcError as error:
             raise error_of(error, address) from None
     return facts_from_proto(reply)
+
+
+def list_runs(address: str, timeout_s: float) -> list[RunFacts]:
+    """The runs of the server at this address: those that are open, and those that are only on its disk.
+
+    Raises:
+        TrunkUnreachable, NotATrunk: nobody answers there, or somebody else does.
+    """
+    request = pb.ListRunsRequest(client=secrets.token_bytes(CLIENT_ID_BYTES))
+    with _channel(address, ClientConfig()) as channel:
+        try:
+            reply = rpc.TrunkStub(channel).ListRuns(request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise error_of(error, address) from None
+    return [run_facts_from_proto(run) for run in reply.runs]
+
+
+def delete_run(address: str, name: str, timeout_s: float) -> int:
+    """Have the server forget a run, its checkpoints too; the bytes that this frees on its disk.
+
+    Raises:
+        RunLost: there is none of this name; TrunkUnreachable, NotATrunk: as `list_runs`.
+    """
+    request = pb.RunRequest(name=name, client=secrets.token_bytes(CLIENT_ID_BYTES))
+    with _channel(address, ClientConfig()) as channel:
+        try:
+            freed_bytes: int = rpc.TrunkStub(channel).DeleteRun(request, timeout=timeout_s).freed_bytes
+        except grpc.RpcError as error:
+            raise error_of(error, address) from None
+    return freed_bytes
 
 
 class GrpcTransport:
@@ -175,27 +205,34 @@ class GrpcTransport:
             stream.close(wait=wait)
 
     def _ask(self, message: StepMessage) -> AnswerMessage:
-        proto = step_to_proto(message, self._format)
-        return self._exchange(proto, message.key, message.deadline_s, message.activation_BTD)
+        format = self._format.apart_if_large()
+        proto = step_to_proto(message, format)
+        return self._exchange(proto, format, message.key, message.deadline_s, message.activation_BTD)
 
     def _ask_run(self, message: RunStepMessage) -> AnswerMessage:
-        proto = run_step_to_proto(message, self._format)
+        format = self._format.apart_if_large()
+        proto = run_step_to_proto(message, format)
         due = message.tensor_BTD
         if message.key.phase is Phase.BACKWARD and not message.want_input_gradient:
             due = None
-        return self._exchange(proto, message.key, message.deadline_s, due)
+        return self._exchange(proto, format, message.key, message.deadline_s, due)
 
     def _exchange(
-        self, proto: pb.Step, key: StepKey, deadline_s: float, like_BTD: Tensor | None
+        self,
+        proto: pb.Step,
+        format: FrameFormat,
+        key: StepKey,
+        deadline_s: float,
+        like_BTD: Tensor | None,
     ) -> AnswerMessage:
         """The answer, whose tensor must have the shape of `like_BTD`; raises the server's error."""
-        stream = self._stream(SMALL if len(proto.activation.data) < BULK_BYTES else BULK)
-        answer = stream.step(key, proto, deadline_s)
+        behind = format.apart[0] if format.apart else None
+        answer, payload = self._stream(SMALL if behind is None else BULK).step(key, proto, deadline_s, behind)
         shape = None
         if like_BTD is not None:
             rows, tokens, hidden_size = like_BTD.shape
             shape = (rows, tokens, hidden_size)
-        decoded = answer_from_proto(answer, shape, checksum=self.agreement.checksum)
+        decoded = answer_from_proto(answer, shape, checksum=self.agreement.checksum, payload=payload)
         if decoded.error is not None:
             raise decoded.error
         return decoded
@@ -267,6 +304,7 @@ def _channel(address: str, config: ClientConfig) -> grpc.Channel:
             # The server cuts its messages into pieces of its own choice.
             ("grpc.max_receive_message_length", config.limits.max_message_bytes),
             ("grpc.max_send_message_length", -1),
+            *STREAM_OPTIONS,
             # One TCP connection a channel: bulk transfers do not hold up decode steps.
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.keepalive_time_ms", 30_000),

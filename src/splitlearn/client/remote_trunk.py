@@ -17,6 +17,7 @@ from splitlearn.client.transport import Transport
 from splitlearn.config import ClientConfig
 from splitlearn.errors import RunLost, UnsupportedCall
 from splitlearn.vocabulary import LoraSettings, StepKey, Timings, Versions
+from splitlearn.wire.host_memory import to_host
 from splitlearn.wire.messages import (
     AdapterMessage,
     AnswerMessage,
@@ -164,7 +165,7 @@ class RemoteTrunk(nn.Module):
             self.transport.unload_adapter(self._start.name)
 
     def exchange(self, activation_BTD: Tensor, call: Call) -> Tensor:
-        sent_BTD = activation_BTD.detach().cpu()
+        sent_BTD = to_host(activation_BTD)
         if call.cache is None:
             answer = self._lone_step(sent_BTD, call)
         else:
@@ -242,7 +243,7 @@ class _Trained(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        gradient_BTD = ctx.run.backward(ctx.asked, gradients[0].detach().cpu())
+        gradient_BTD = ctx.run.backward(ctx.asked, to_host(gradients[0]))
         return None if gradient_BTD is None else gradient_BTD.to(gradients[0].device), None, None, None, None
 
 
@@ -250,7 +251,7 @@ def _without_cache(activation_BTD: Tensor, call: Call) -> tuple[Tensor, Tensor |
     """What a forward of whole sequences sends: activation, mask and positions, the latter two if they say
     more than that every token counts and stands where it stands.
     """
-    sent_BTD = activation_BTD.detach().cpu()
+    sent_BTD = to_host(activation_BTD)
     mask_BT = call.mask_BL
     is_padded = mask_BT is not None and not bool(mask_BT.all())
     return (

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from itertools import count
 from queue import SimpleQueue
 from typing import Any
 
 import grpc
+from torch import Tensor
 
 from splitlearn.client.grpc_errors import error_of
 from splitlearn.client.transport import Traffic
 from splitlearn.config import WireLimits
 from splitlearn.errors import MessageError, SplitLearnError, StepTimeout, TrunkUnreachable
 from splitlearn.vocabulary import StepKey
-from splitlearn.wire.chunks import ChunkAssembly, chunks_of, parse
+from splitlearn.wire.chunks import (
+    ChunkAssembly,
+    Piece,
+    deserialize_server,
+    parse,
+    pieces_with_payload,
+    serialize,
+)
 from splitlearn.wire.generated import splitlearn_pb2 as pb
-from splitlearn.wire.generated import splitlearn_pb2_grpc as rpc
 from splitlearn.wire.handshake import Agreement
 from splitlearn.wire.status import error_from_proto
 from splitlearn.wire.steps import key_from_proto
 
 WELCOME = "welcome"
 CLOSE_S = 2.0
+STEPS = f"/{pb.DESCRIPTOR.services_by_name['Trunk'].full_name}/Steps"
 
 
 class StepStream:
@@ -36,14 +44,16 @@ class StepStream:
         self._chunk_bytes = limits.chunk_bytes
         self._max_bytes = limits.max_message_bytes
         self._traffic = traffic
-        self._outgoing: SimpleQueue[pb.ClientMessage | None] = SimpleQueue()
+        self._outgoing: SimpleQueue[pb.ClientMessage | Iterable[bytes] | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._waiting: dict[StepKey | int | str, Future[Any]] = {}
         self._broken: SplitLearnError | None = None
         self._is_welcome = False
         self._agreement: Agreement | None = None
         self._numbers = count(1)
-        self._call = rpc.TrunkStub(channel).Steps(iter(self._outgoing.get, None))
+        self._call: Any = channel.stream_stream(
+            STEPS, request_serializer=serialize, response_deserializer=deserialize_server
+        )(self._requests())
         self._reader = threading.Thread(target=self._read, name="splitlearn answers", daemon=True)
         self._reader.start()
 
@@ -64,8 +74,13 @@ class StepStream:
         self._chunk_bytes = min(self._chunk_bytes, agreed.chunk_bytes)
         self._max_bytes = min(self._max_bytes, agreed.max_message_bytes)
 
-    def step(self, key: StepKey, step: pb.Step, timeout_s: float) -> pb.Answer:
-        answer: pb.Answer = self._ask(key, pb.ClientMessage(step=step), timeout_s)
+    def step(
+        self, key: StepKey, step: pb.Step, timeout_s: float, payload: memoryview | None = None
+    ) -> tuple[pb.Answer, Tensor | None]:
+        """The answer, and its tensor's bytes (N,) if they came behind it; `payload` goes behind the step."""
+        answer: tuple[pb.Answer, Tensor | None] = self._ask(
+            key, pb.ClientMessage(step=step), timeout_s, payload
+        )
         return answer
 
     def fork(self, fork: pb.ForkSession, timeout_s: float) -> pb.Forked:
@@ -93,15 +108,20 @@ class StepStream:
     def is_broken(self) -> bool:
         return self._broken is not None
 
-    def _ask(self, name: StepKey | int | str, message: pb.ClientMessage, timeout_s: float) -> Any:
+    def _ask(
+        self,
+        name: StepKey | int | str,
+        message: pb.ClientMessage,
+        timeout_s: float,
+        payload: memoryview | None = None,
+    ) -> Any:
         future: Future[Any] = Future()
-        pieces = list(self._pieces(message))
+        sent = self._in_pieces(message, payload)
         with self._lock:
             if self._broken is not None:
                 raise self._broken.again()
             self._waiting[name] = future
-            for piece in pieces:
-                self._outgoing.put(piece)
+            self._outgoing.put(sent)
         try:
             return future.result(timeout_s)
         except TimeoutError:
@@ -113,19 +133,34 @@ class StepStream:
             with self._lock:
                 self._waiting.pop(name, None)
 
-    def _pieces(self, message: pb.ClientMessage) -> Iterator[pb.ClientMessage]:
-        size = message.ByteSize()
+    def _in_pieces(
+        self, message: pb.ClientMessage, payload: memoryview | None
+    ) -> pb.ClientMessage | Iterable[bytes]:
+        behind = 0 if payload is None else len(payload)
+        size = message.ByteSize() + behind
         if size > self._max_bytes:
             raise MessageError(
                 f"a message of {size:,} bytes, {self._address} takes {self._max_bytes:,}: "
                 "use fewer rows, a shorter text, or codec='half'"
             )
-        self._traffic.count(_tensor_bytes(message), size)
-        if size <= self._chunk_bytes:
-            yield message
-            return
-        for piece in chunks_of(next(self._numbers), message.SerializeToString(), self._chunk_bytes):
-            yield pb.ClientMessage(chunk=piece)
+        self._traffic.count(_tensor_bytes(message) + behind, size)
+        if size <= self._chunk_bytes and payload is None:
+            return message
+        return pieces_with_payload(
+            pb.ClientMessage,
+            next(self._numbers),
+            message.SerializeToString(),
+            payload or memoryview(b""),
+            self._chunk_bytes,
+        )
+
+    def _requests(self) -> Iterator[pb.ClientMessage | bytes]:
+        """On gRPC's sending thread: pieces are made as they leave, not all at once."""
+        while (outgoing := self._outgoing.get()) is not None:
+            if isinstance(outgoing, pb.ClientMessage):
+                yield outgoing
+            else:
+                yield from outgoing
 
     def _read(self) -> None:
         assembly = ChunkAssembly(self._max_bytes)
@@ -147,14 +182,22 @@ class StepStream:
             self._call.cancel()
             self._channel.close()
 
-    def _take(self, message: pb.ServerMessage, assembly: ChunkAssembly) -> None:
+    def _take(self, message: pb.ServerMessage | Piece, assembly: ChunkAssembly) -> None:
+        if isinstance(message, Piece) or message.WhichOneof("content") == "chunk":
+            piece = message if isinstance(message, Piece) else message.chunk
+            if (whole := assembly.add(piece)) is not None:
+                self._take_whole(parse(pb.ServerMessage, whole.message), whole.payload)
+        else:
+            self._take_whole(message, None)
+
+    def _take_whole(self, message: pb.ServerMessage, payload: Tensor | None) -> None:
         match message.WhichOneof("content"):
             case "answer":
-                self._traffic.count(_tensor_bytes(message), message.ByteSize(), received=True)
-                self._give(key_from_proto(message.answer.key), message.answer)
-            case "chunk":
-                if (whole := assembly.add(message.chunk)) is not None:
-                    self._take(parse(pb.ServerMessage, whole), assembly)
+                behind = 0 if payload is None else payload.numel()
+                self._traffic.count(
+                    _tensor_bytes(message) + behind, message.ByteSize() + behind, received=True
+                )
+                self._give(key_from_proto(message.answer.key), (message.answer, payload))
             case "welcome":
                 self._is_welcome = True
                 self._give(WELCOME, message.welcome)

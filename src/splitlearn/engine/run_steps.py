@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -208,19 +209,21 @@ class RunSteps:
         if shape in self._graph_bytes:
             yield
             return
-        weights = {weight.data_ptr() for weight in self._trunk.parameters()}
-        kept: dict[int, int] = {}
+        saved: list[weakref.ref[Tensor]] = []
 
-        def count(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if tensor.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage.nbytes()
+        def note(tensor: Tensor) -> Tensor:
             # An alias: the tensor itself would hold the graph that holds it.
-            return tensor.detach()
+            alias = tensor.detach()
+            saved.append(weakref.ref(alias))
+            return alias
 
-        with saved_tensors_hooks(count, lambda tensor: tensor):
+        with saved_tensors_hooks(note, lambda tensor: tensor):
             yield
-        self._graph_bytes[shape] = sum(kept.values())
+        # Only now: the forward has bound its adapter, and let go of what it needed in between.
+        weights = {weight.data_ptr() for weight in self._trunk.parameters()}
+        kept = [each for ref in saved if (each := ref()) is not None and each.data_ptr() not in weights]
+        storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in kept}
+        self._graph_bytes[shape] = sum(storages.values())
 
 
 def _shape_of(run: Run, asked: RunStepMessage) -> Shape:

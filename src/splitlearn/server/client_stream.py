@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import count
 
 import structlog
+from torch import Tensor
 
 from splitlearn.config import ServerConfig
 from splitlearn.engine.checkpoint import RunStore
@@ -19,7 +20,7 @@ from splitlearn.server.admission import Admission
 from splitlearn.server.egress import Egress
 from splitlearn.server.facts import facts_of
 from splitlearn.vocabulary import CodecId
-from splitlearn.wire.chunks import ChunkAssembly, chunks_of, parse
+from splitlearn.wire.chunks import ChunkAssembly, Piece, parse, pieces_with_payload
 from splitlearn.wire.frames import FrameFormat
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.handshake import ModelIdentity, welcome
@@ -36,6 +37,8 @@ from splitlearn.wire.steps import (
 log = structlog.get_logger("splitlearn.server")
 HELLO_S = 10.0
 Decoded = StepMessage | RunStepMessage | SplitLearnError
+Requests = AsyncIterator[pb.ClientMessage | Piece]
+Pieces = Iterable[pb.ServerMessage | bytes]
 QUICK_BYTES = 64 << 10
 
 
@@ -70,7 +73,7 @@ class ClientStream:
         """Answers that the client waits for."""
         self.last_answer_at = time.monotonic()
 
-    async def messages(self, requests: AsyncIterator[pb.ClientMessage]) -> AsyncIterator[pb.ServerMessage]:
+    async def messages(self, requests: Requests) -> AsyncIterator[pb.ServerMessage | bytes]:
         """What goes back to the client, from its welcome to its last answer.
 
         Raises:
@@ -81,8 +84,9 @@ class ClientStream:
         self._hall.streams.add(self)
         try:
             while (outgoing := await self._outbox.get()) is not None:
-                yield outgoing.message
-                if outgoing.is_last:
+                for message in outgoing.pieces:
+                    yield message
+                if outgoing.was_owed:
                     self._settle()
         finally:
             reader.cancel()
@@ -90,15 +94,15 @@ class ClientStream:
 
     def end(self, error: SplitLearnError) -> None:
         """Say why, and nothing more."""
-        self._outbox.put_nowait(_Outgoing(pb.ServerMessage(error=error_to_proto(error)), is_last=False))
+        self._outbox.put_nowait(_Outgoing([pb.ServerMessage(error=error_to_proto(error))], was_owed=False))
         self._outbox.put_nowait(None)
 
-    async def _greet(self, requests: AsyncIterator[pb.ClientMessage]) -> pb.Welcome:
+    async def _greet(self, requests: Requests) -> pb.Welcome:
         try:
             first = await asyncio.wait_for(anext(requests), HELLO_S)
         except (TimeoutError, StopAsyncIteration):
             raise MessageError(f"a stream begins with a Hello within {HELLO_S:g} s") from None
-        if first.WhichOneof("content") != "hello":
+        if isinstance(first, Piece) or first.WhichOneof("content") != "hello":
             raise MessageError("a stream begins with a Hello")
         hall = self._hall
         answer = welcome(
@@ -120,7 +124,7 @@ class ClientStream:
         if not any(other.client == self.client for other in streams):
             self._hall.engine.leave(self.client)
 
-    async def _read(self, requests: AsyncIterator[pb.ClientMessage]) -> None:
+    async def _read(self, requests: Requests) -> None:
         try:
             async for message in requests:
                 await self._take(message)
@@ -131,7 +135,10 @@ class ClientStream:
             self._all_read = True
             self._close_if_done()
 
-    async def _take(self, message: pb.ClientMessage) -> None:
+    async def _take(self, message: pb.ClientMessage | Piece) -> None:
+        if isinstance(message, Piece):
+            await self._take_chunk(message)
+            return
         match message.WhichOneof("content"):
             case "step":
                 await self._owe()
@@ -146,7 +153,7 @@ class ClientStream:
             case other:
                 raise MessageError(f"a client's message of kind {other} has no place here")
 
-    async def _take_chunk(self, chunk: pb.Chunk) -> None:
+    async def _take_chunk(self, chunk: pb.Chunk | Piece) -> None:
         """A large message is put together, parsed and decoded beside the loop that serves the others."""
         if not chunk.last:
             self._assembly.add(chunk)
@@ -157,18 +164,18 @@ class ClientStream:
             raise MessageError("only a step is large enough to come in pieces")
         self._submit(message.step, decoded)
 
-    def _finish(self, chunk: pb.Chunk) -> tuple[pb.ClientMessage, Decoded | None]:
+    def _finish(self, chunk: pb.Chunk | Piece) -> tuple[pb.ClientMessage, Decoded | None]:
         whole = self._assembly.add(chunk)
         assert whole is not None
-        message = parse(pb.ClientMessage, whole)
+        message = parse(pb.ClientMessage, whole.message)
         is_step = message.WhichOneof("content") == "step"
-        return message, self._decode(message.step) if is_step else None
+        return message, self._decode(message.step, whole.payload) if is_step else None
 
-    def _decode(self, proto: pb.Step) -> Decoded:
+    def _decode(self, proto: pb.Step, payload: Tensor | None = None) -> Decoded:
         hidden_size = self._hall.engine.trunk.hidden_size
         decode = run_step_from_proto if proto.key.run else step_from_proto
         try:
-            return decode(proto, hidden_size, self._limits, checksum=self._checksum)
+            return decode(proto, hidden_size, self._limits, checksum=self._checksum, payload=payload)
         except SplitLearnError as error:
             return error
 
@@ -184,8 +191,10 @@ class ClientStream:
         """On the engine's thread: hand over at once."""
         answer = done.result()
 
-        def encode() -> list[pb.ServerMessage]:
-            return self._in_pieces(pb.ServerMessage(answer=_encoded(answer, format)))
+        def encode() -> Pieces:
+            into = format.apart_if_large()
+            message = pb.ServerMessage(answer=_encoded(answer, into))
+            return self._in_pieces(message, into.apart[0] if into.apart else None)
 
         if _is_quick(answer):
             # Encoded where it is sent: waking one more thread would take longer.
@@ -201,23 +210,28 @@ class ClientStream:
         else:
             future.add_done_callback(lambda done: self._hand_over([_forked(proto.into, done.exception())]))
 
-    def _in_pieces(self, message: pb.ServerMessage) -> list[pb.ServerMessage]:
-        if message.ByteSize() <= self._limits.chunk_bytes:
+    def _in_pieces(self, message: pb.ServerMessage, payload: memoryview | None) -> Pieces:
+        """Made as they leave, not all at once."""
+        if payload is None and message.ByteSize() <= self._limits.chunk_bytes:
             return [message]
-        pieces = chunks_of(next(self._numbers), message.SerializeToString(), self._limits.chunk_bytes)
-        return [pb.ServerMessage(chunk=piece) for piece in pieces]
+        return pieces_with_payload(
+            pb.ServerMessage,
+            next(self._numbers),
+            message.SerializeToString(),
+            payload or memoryview(b""),
+            self._limits.chunk_bytes,
+        )
 
-    def _hand_over(self, messages: list[pb.ServerMessage]) -> None:
-        self._call(lambda: self._deliver(messages))
+    def _hand_over(self, pieces: Pieces) -> None:
+        self._call(lambda: self._deliver(pieces))
 
     def _call(self, work: Callable[[], None]) -> None:
         """On the event loop's thread, from any other."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(work)
 
-    def _deliver(self, messages: list[pb.ServerMessage]) -> None:
-        for message in messages:
-            self._outbox.put_nowait(_Outgoing(message, is_last=message is messages[-1]))
+    def _deliver(self, pieces: Pieces) -> None:
+        self._outbox.put_nowait(_Outgoing(pieces, was_owed=True))
 
     async def _owe(self) -> None:
         """Wait for room: a client that does not read its answers is not read either."""
@@ -237,9 +251,9 @@ class ClientStream:
 
 @dataclass(frozen=True, slots=True)
 class _Outgoing:
-    message: pb.ServerMessage
-    is_last: bool
-    """Whether an answer is complete with it."""
+    pieces: Pieces
+    was_owed: bool
+    """Whether an answer that the client waits for is complete with them."""
 
 
 def _is_quick(answer: AnswerMessage) -> bool:
@@ -257,7 +271,7 @@ def _encoded(answer: AnswerMessage, format: FrameFormat) -> pb.Answer:
     return proto
 
 
-def _or_failed(encode: Callable[[], list[pb.ServerMessage]], key: pb.StepKey) -> list[pb.ServerMessage]:
+def _or_failed(encode: Callable[[], Pieces], key: pb.StepKey) -> Pieces:
     """An answer that cannot be encoded is an error that can: nobody waits for what never comes."""
     try:
         return encode()

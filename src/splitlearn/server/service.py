@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
+
 from splitlearn.errors import NotServed, SplitLearnError
-from splitlearn.server.client_stream import ClientStream, Hall
+from splitlearn.server.client_stream import ClientStream, Hall, Requests
 from splitlearn.server.facts import facts_of
 from splitlearn.server.refusal import Context, refuse
 from splitlearn.server.run_calls import RunCalls
+from splitlearn.wire.chunks import deserialize_client, serialize
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.generated import splitlearn_pb2_grpc as rpc
 from splitlearn.wire.handshake import facts_to_proto
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Trunk"].full_name
 
 
 class TrunkService(RunCalls, rpc.TrunkServicer):
@@ -26,15 +31,37 @@ class TrunkService(RunCalls, rpc.TrunkServicer):
         facts = facts_of(hall.engine, hall.identity, draining=hall.admission.is_draining)
         return facts_to_proto(facts, hall.config.limits, hall.config.sessions.answer_window)
 
-    async def Steps(
-        self, requests: AsyncIterator[pb.ClientMessage], context: Context
-    ) -> AsyncIterator[pb.ServerMessage]:
+    async def Steps(self, requests: Requests, context: Context) -> AsyncIterator[pb.ServerMessage | bytes]:
         try:
             with self._hall.admission.stream():
                 async for message in ClientStream(self._hall).messages(requests):
                     yield message
         except SplitLearnError as error:
             await refuse(context, error)
+
+
+def add_to_server(service: TrunkService, server: grpc.aio.Server) -> None:
+    """As the generated code does it, but large tensors pass the stream without protobuf."""
+    generated = _Handlers()
+    rpc.add_TrunkServicer_to_server(service, generated)
+    steps = grpc.stream_stream_rpc_method_handler(
+        service.Steps, request_deserializer=deserialize_client, response_serializer=serialize
+    )
+    handlers = generated.found | {"Steps": steps}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
+
+class _Handlers:
+    """Stands for a server, to learn what the generated code would add to it."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Any] = {}
+
+    def add_generic_rpc_handlers(self, handlers: Any) -> None:
+        """The same in another form."""
+
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
+        self.found |= handlers
 
 
 def _not_served(name: str) -> Any:

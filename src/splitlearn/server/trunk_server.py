@@ -27,13 +27,11 @@ from splitlearn.model.weights import fingerprint, load_trunk
 from splitlearn.server.admission import Admission
 from splitlearn.server.client_stream import Hall
 from splitlearn.server.egress import Egress
-from splitlearn.server.service import TrunkService
-from splitlearn.wire.generated import splitlearn_pb2 as pb
-from splitlearn.wire.generated import splitlearn_pb2_grpc as rpc
+from splitlearn.server.service import SERVICE, TrunkService, add_to_server
+from splitlearn.wire.chunks import STREAM_OPTIONS
 from splitlearn.wire.handshake import ModelIdentity
 
 log = structlog.get_logger("splitlearn.server")
-SERVICE = pb.DESCRIPTOR.services_by_name["Trunk"].full_name
 START_S = 60.0
 GRACE_S = 1.0
 ENVELOPE_BYTES = 1 << 16
@@ -137,7 +135,7 @@ class TrunkServer:
     def _grpc_server(self, hall: Hall) -> tuple[grpc.aio.Server, Any]:
         """Raises SettingError where the address cannot be listened on."""
         server = grpc.aio.server(options=_options(self.config))
-        rpc.add_TrunkServicer_to_server(TrunkService(hall), server)
+        add_to_server(TrunkService(hall), server)
         healthy = health.aio.HealthServicer()  # type: ignore[attr-defined]
         health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
         address = _joined(self.config.host, self.config.port)
@@ -205,6 +203,7 @@ def resolve_device(name: str) -> torch.device:
 def _options(config: ServerConfig) -> list[tuple[str, int]]:
     piece = config.limits.chunk_bytes + ENVELOPE_BYTES
     return [
+        *STREAM_OPTIONS,
         ("grpc.max_receive_message_length", piece),
         ("grpc.max_send_message_length", piece),
         ("grpc.so_reuseport", 0),

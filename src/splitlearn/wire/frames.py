@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import xxhash
@@ -15,7 +15,9 @@ from splitlearn.vocabulary import CodecId, Role
 from splitlearn.wire.codecs import codec_of
 from splitlearn.wire.dtypes import FLOATS, dtype_name
 from splitlearn.wire.generated import splitlearn_pb2 as pb
+from splitlearn.wire.host_memory import to_host
 
+APART_BYTES = 256 << 10
 MAX_RANK = 4
 MAX_DIMENSION = 1 << 31
 
@@ -45,24 +47,40 @@ class FrameFormat:
 
     codec: CodecId = CodecId.RAW
     checksum: bool = True
+    apart: list[memoryview] | None = field(default=None, compare=False, hash=False)
+    """Where the bytes of a large tensor go, in place of its frame."""
+
+    def apart_if_large(self) -> FrameFormat:
+        return replace(self, apart=[])
 
 
 def encode_frame(tensor: Tensor, role: Role, format: FrameFormat) -> pb.Frame:
     """The tensor as a frame; side tensors (masks, positions) always go raw."""
     codec = format.codec if tensor.dtype in FLOATS else CodecId.RAW
-    data = codec_of(codec).encode(tensor.detach().cpu())
+    host = to_host(tensor)
+    inline, checked = b"", memoryview(b"")
+    if format.apart is not None and host.nbytes >= APART_BYTES:
+        checked = codec_of(codec).encode_view(host)
+        format.apart.append(checked)
+    else:
+        checked = memoryview(inline := codec_of(codec).encode(host))
     return pb.Frame(
         dtype=DTYPE_IDS[tensor.dtype],
         shape=tensor.shape,
-        data=data,
-        checksum=_checksum(data) if format.checksum else 0,
+        data=inline,
+        checksum=_checksum(checked) if format.checksum else 0,
         role=role.name,
         codec=codec.name,
     )
 
 
 def decode_frame(
-    frame: pb.Frame, role: Role, shape: Sequence[int | None], *, checksum: bool = True
+    frame: pb.Frame,
+    role: Role,
+    shape: Sequence[int | None],
+    *,
+    checksum: bool = True,
+    payload: Tensor | None = None,
 ) -> Tensor:
     """The frame's tensor, on the CPU.
 
@@ -71,6 +89,7 @@ def decode_frame(
         role: what the field that held the frame is for.
         shape: the expected shape; `None` stands for a length that the caller checks afterwards.
         checksum: whether the handshake agreed on one; a frame without it is then refused.
+        payload: the bytes (N,) that came behind the frame's message; the tensor may then share them.
 
     Raises:
         FrameError: role, dtype, rank, shape, codec or size is not what it may be.
@@ -83,19 +102,23 @@ def decode_frame(
     _check_shape(frame.shape, shape, name)
     codec = codec_of(_codec_id(frame.codec))
     expected = codec.encoded_bytes(kind, math.prod(frame.shape))
-    if len(frame.data) != expected:
+    if payload is not None and frame.data:
+        raise FrameError(f"the {name} frame has bytes of its own and others behind its message")
+    size = len(frame.data) if payload is None else payload.numel()
+    if size != expected:
         raise FrameError(
-            f"the {name} frame has {len(frame.data)} bytes, "
-            f"its shape {list(frame.shape)} in {kind} takes {expected}"
+            f"the {name} frame has {size} bytes, its shape {list(frame.shape)} in {kind} takes {expected}"
         )
-    if checksum and _checksum(frame.data) != frame.checksum:
+    data = frame.data if payload is None else memoryview(payload.numpy())  # type: ignore[arg-type]
+    if checksum and _checksum(data) != frame.checksum:
         raise CorruptFrame(
             f"the {name} frame does not match its checksum, the network or a memory changed it: try again"
         )
-    return codec.decode(frame.data, kind).view(tuple(frame.shape))
+    flat = codec.decode(frame.data, kind) if payload is None else codec.decode_view(payload, kind)
+    return flat.view(tuple(frame.shape))
 
 
-def _checksum(data: bytes) -> int:
+def _checksum(data: bytes | memoryview) -> int:
     # 0 stands for "no checksum" on the wire.
     return xxhash.xxh3_64_intdigest(data) or 1
 

@@ -48,9 +48,14 @@ def step_to_proto(step: StepMessage, format: FrameFormat) -> pb.Step:
 
 
 def step_from_proto(
-    proto: pb.Step, hidden_size: int, limits: WireLimits, *, checksum: bool = True
+    proto: pb.Step,
+    hidden_size: int,
+    limits: WireLimits,
+    *,
+    checksum: bool = True,
+    payload: Tensor | None = None,
 ) -> StepMessage:
-    """The step that arrived.
+    """The step that arrived, and its activation's bytes (N,) if they came behind it.
 
     Raises:
         FrameError: a tensor is malformed; CorruptFrame: its bytes changed on the way.
@@ -59,9 +64,8 @@ def step_from_proto(
     """
     key = key_from_proto(proto.key)
     rows, tokens = _size(proto.activation, limits)
-    activation = decode_frame(
-        proto.activation, Role.ACTIVATION, (rows, tokens, hidden_size), checksum=checksum
-    )
+    shape = (rows, tokens, hidden_size)
+    activation = decode_frame(proto.activation, Role.ACTIVATION, shape, checksum=checksum, payload=payload)
     return StepMessage(
         key=key,
         activation_BTD=activation,
@@ -96,9 +100,14 @@ def run_step_to_proto(step: RunStepMessage, format: FrameFormat) -> pb.Step:
 
 
 def run_step_from_proto(
-    proto: pb.Step, hidden_size: int, limits: WireLimits, *, checksum: bool = True
+    proto: pb.Step,
+    hidden_size: int,
+    limits: WireLimits,
+    *,
+    checksum: bool = True,
+    payload: Tensor | None = None,
 ) -> RunStepMessage:
-    """The run's step that arrived.
+    """The run's step that arrived, and its tensor's bytes (N,) if they came behind it.
 
     Raises:
         FrameError: a tensor is malformed; CorruptFrame: its bytes changed on the way.
@@ -108,9 +117,8 @@ def run_step_from_proto(
     tensor, rows, tokens = None, 0, 0
     if key.phase in (Phase.FORWARD, Phase.EVALUATE, Phase.BACKWARD):
         rows, tokens = _size(proto.activation, limits)
-        tensor = decode_frame(
-            proto.activation, _sent(key.phase), (rows, tokens, hidden_size), checksum=checksum
-        )
+        shape = (rows, tokens, hidden_size)
+        tensor = decode_frame(proto.activation, _sent(key.phase), shape, checksum=checksum, payload=payload)
     return RunStepMessage(
         key=key,
         tensor_BTD=tensor,
@@ -145,16 +153,25 @@ def answer_to_proto(answer: AnswerMessage, format: FrameFormat) -> pb.Answer:
 
 
 def answer_from_proto(
-    proto: pb.Answer, shape: tuple[int, int, int] | None, *, checksum: bool = True
+    proto: pb.Answer,
+    shape: tuple[int, int, int] | None,
+    *,
+    checksum: bool = True,
+    payload: Tensor | None = None,
 ) -> AnswerMessage:
-    """The answer to a step; `shape` (B, T, D) is what its activation must have, None where none is due."""
+    """The answer to a step; `shape` (B, T, D) is what its activation must have, None where none is due.
+
+    `payload` (N,) are the activation's bytes, if they came behind the message.
+    """
     key = key_from_proto(proto.key)
     if proto.HasField("error"):
         return AnswerMessage(key, error=error_from_proto(proto.error))
     timings = proto.timings
     return AnswerMessage(
         key=key,
-        activation_BTD=decode_frame(proto.activation, _sent(key.phase), shape, checksum=checksum)
+        activation_BTD=decode_frame(
+            proto.activation, _sent(key.phase), shape, checksum=checksum, payload=payload
+        )
         if shape is not None
         else None,
         timings=Timings(timings.queued_us, timings.device_us, timings.copied_us),

@@ -22,6 +22,14 @@ class Codec(Protocol):
         """The tensor's values in row-major order."""
         ...
 
+    def encode_view(self, tensor: Tensor) -> memoryview:
+        """The same without a copy where the values are sent as they lie: the tensor must stay as it is."""
+        ...
+
+    def decode_view(self, payload: Tensor, kind: dtype) -> Tensor:
+        """As `decode`, of bytes (N,) that nobody else uses: the result may share them."""
+        ...
+
     def decode(self, data: bytes, kind: dtype) -> Tensor:
         """A flat tensor of dtype `kind`; the caller has checked the size and gives it its shape."""
         ...

@@ -24,6 +24,12 @@ class HalfCodec:
     def encode(self, tensor: Tensor) -> bytes:
         return self._raw.encode(tensor.to(_on_the_wire(tensor.dtype)))
 
+    def encode_view(self, tensor: Tensor) -> memoryview:
+        return self._raw.encode_view(tensor.to(_on_the_wire(tensor.dtype)))
+
+    def decode_view(self, payload: Tensor, kind: torch.dtype) -> Tensor:
+        return self._raw.decode_view(payload, _on_the_wire(kind)).to(kind)
+
     def decode(self, data: bytes, kind: torch.dtype) -> Tensor:
         return self._raw.decode(data, _on_the_wire(kind)).to(kind)
 

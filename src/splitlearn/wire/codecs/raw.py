@@ -21,6 +21,14 @@ class RawCodec:
         carrier = CARRIERS.get(tensor.dtype)
         return (tensor if carrier is None else tensor.view(carrier)).numpy().tobytes()
 
+    def encode_view(self, tensor: Tensor) -> memoryview:
+        carrier = CARRIERS.get(tensor.dtype)
+        flat = tensor.contiguous().view(-1)
+        return memoryview((flat if carrier is None else flat.view(carrier)).numpy()).cast("B")  # type: ignore[arg-type]
+
+    def decode_view(self, payload: Tensor, kind: torch.dtype) -> Tensor:
+        return payload.view(kind)
+
     def decode(self, data: bytes, kind: torch.dtype) -> Tensor:
         if not data:
             return torch.empty(0, dtype=kind)

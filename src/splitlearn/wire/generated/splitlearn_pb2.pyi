@@ -308,16 +308,18 @@ class Answer(_message.Message):
     def __init__(self, key: _Optional[_Union[StepKey, _Mapping]] = ..., activation: _Optional[_Union[Frame, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., adapter: _Optional[_Union[AdapterVersion, _Mapping]] = ..., norms: _Optional[_Union[Frame, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., stepped: bool = ...) -> None: ...
 
 class Chunk(_message.Message):
-    __slots__ = ("number", "data", "total_bytes", "last")
+    __slots__ = ("number", "data", "total_bytes", "last", "tensor_bytes")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_BYTES_FIELD_NUMBER: _ClassVar[int]
     number: int
     data: bytes
     total_bytes: int
     last: bool
-    def __init__(self, number: _Optional[int] = ..., data: _Optional[bytes] = ..., total_bytes: _Optional[int] = ..., last: bool = ...) -> None: ...
+    tensor_bytes: int
+    def __init__(self, number: _Optional[int] = ..., data: _Optional[bytes] = ..., total_bytes: _Optional[int] = ..., last: bool = ..., tensor_bytes: _Optional[int] = ...) -> None: ...
 
 class ClientMessage(_message.Message):
     __slots__ = ("step", "hello", "fork", "close", "chunk")
