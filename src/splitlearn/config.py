@@ -100,6 +100,25 @@ class RunConfig(Settings):
     """Checkpoints that one run may have on disk."""
 
 
+class AnomalyConfig(Settings):
+    """What SplitTrainer does about gradients that are not what gradients should be, on both sides alike."""
+
+    action: Literal["skip", "slow", "stop"] = "skip"
+    """Skip the step, lower the learning rate for a while, or stop with a checkpoint."""
+    spike_factor: NonNegativeFloat = 0.0
+    """A norm so many times the median of those before it is an anomaly; 0 looks for numbers only."""
+    vanishing_norm: NonNegativeFloat = 0.0
+    """A norm below this is an anomaly."""
+    window: PositiveInt = 50
+    """Steps whose norms the median is taken of."""
+    min_history: PositiveInt = 10
+    """Steps before the first spike can be told."""
+    slow_factor: PositiveFloat = 0.1
+    """What `slow` multiplies the learning rate by."""
+    slow_steps: PositiveInt = 20
+    """For how many further steps."""
+
+
 class WireLimits(Settings):
     """What a message may be; checked before anything is allocated for it."""
 

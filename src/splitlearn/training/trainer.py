@@ -13,7 +13,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotat
 
 from splitlearn.client.remote_trunk import RemoteTrunk
 from splitlearn.client.training import clip_grad_norm, parts_of, plan_run, trunk_of
+from splitlearn.config import AnomalyConfig
 from splitlearn.errors import CheckpointError, RunRolledBack
+from splitlearn.training.anomaly import AnomalyWatch, Verdict
 from splitlearn.training.checkpoint import (
     Note,
     complete,
@@ -34,13 +36,21 @@ class SplitTrainerMixin:
     Everything else stays the library's: data, schedule, logging, evaluation, callbacks, accumulation.
     What is added: gradients are clipped by the norm of the whole model, each optimizer step is the
     trunk's, too, and one that is skipped because numbers overflowed is skipped on both sides.
+
+    Args:
+        anomalies: what to do about gradients that are no numbers, or whose norm leaps or vanishes; by
+            default a step whose gradients are no numbers is skipped.
+        args, kwargs: the trainer's own.
     """
 
     model: Any
     args: Any
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, anomalies: AnomalyConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.anomalies = AnomalyWatch(anomalies or AnomalyConfig())
+        self._verdict = Verdict()
+        self._rates: list[float] = []
         self._trunk: RemoteTrunk = trunk_of(self.model)
         _plan(self._trunk, self.args)
         self.add_callback(_SkippedSteps(self._trunk))  # type: ignore[attr-defined]
@@ -132,6 +142,7 @@ class SplitTrainerMixin:
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
         if is_new:
             optimizer.register_step_pre_hook(self._step_trunk)
+            optimizer.register_step_post_hook(self._restore_rate)
             vars(optimizer)["steps_trunk"] = True
         return optimizer
 
@@ -143,7 +154,21 @@ class SplitTrainerMixin:
 
     def _step_trunk(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Before the client's own step: if the trunk cannot, nothing has moved."""
+        # A fused optimizer is called in any case, and told whether it may move.
+        overflowed = getattr(optimizer, "found_inf", None)
+        if self._verdict.skip or (overflowed is not None and bool(overflowed)):
+            self._trunk.skip_step()
+            return
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] *= self._verdict.rate
         self._trunk.step(learning_rate=optimizer.param_groups[0]["lr"])
+
+    def _restore_rate(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """The schedule knows nothing of steps that were made smaller."""
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=False):
+            group["lr"] = rate
+        self._rates = []
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         return self._clip(model, self.args.max_grad_norm)
@@ -153,12 +178,25 @@ class SplitTrainerMixin:
 
     def _clip(self, model: nn.Module, max_norm: float) -> Tensor:
         accelerator = self.accelerator  # type: ignore[attr-defined]
+        self._verdict = Verdict()
         if accelerator.scaler is not None:
             if not self._trunk.grad_norms().isfinite().all():
                 # The scaler looks at gradients here alone: let it see that the trunk's overflowed.
                 _spoil(model, self._trunk)
             accelerator.unscale_gradients()
-        return clip_grad_norm(model, max_norm)
+        norm = clip_grad_norm(model, max_norm)
+        if accelerator.scaler is None or bool(torch.isfinite(norm)):
+            # Overflows are the scaler's everyday business.
+            self._judge(float(norm))
+        return norm
+
+    def _judge(self, norm: float) -> None:
+        self._verdict = self.anomalies.judge(norm, self.state.global_step)  # type: ignore[attr-defined]
+        if self._verdict.skip:
+            # Without gradients the client's optimizer leaves everything as it is.
+            self.model.zero_grad(set_to_none=True)
+        if self._verdict.stop:
+            self.control.should_save = self.control.should_training_stop = True  # type: ignore[attr-defined]
 
 
 class SplitTrainer(SplitTrainerMixin, Trainer):
