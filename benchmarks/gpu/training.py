@@ -4,6 +4,7 @@ Run on a machine with one CUDA GPU: `python benchmarks/gpu/training.py` (`--cpu`
 shapes). Random weights of a 1B shape, LoRA r=16 on attention, 8 x 1,024 tokens, dropout 0:
 
 gradients    tiny models on this device against autograd of the whole model
+parity       20 steps of SplitTrainer against PEFT and Trainer, a 135M shape: float32, bfloat16 and float16
 crossing     one activation over the loopback: a socket, a gRPC stream, and our own step of a run
 step         the whole model's step against the split one's (2/12/2, two processes), and where its time goes
 trunk        the trunk's step alone: eager and SDPA, recomputed, compiled, bfloat16 and float32
@@ -49,6 +50,7 @@ TINY = SHAPE | {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "n
 TINY |= {"num_key_value_heads": 2, "num_hidden_layers": 6}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 WAIT_S = 300.0
+SECTIONS = ["gradients", "parity", "crossing", "step", "compile", "trunk"]
 
 
 class Bench:
@@ -112,6 +114,84 @@ def gradients(bench: Bench) -> None:
                 apart = furthest(gradients_of_split(split, server.engine), gradients_of_whole(whole))
                 split.close()
         bench.note(f"gradients {family}", relative=apart)
+
+
+# ---------------------------------------------------------------- parity
+
+SMALL = {
+    "vocab_size": 49_152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+OVERFLOWS_AT = 7
+
+
+class Overflowing:
+    """One step of a float16 run whose loss is far too large for its gradients."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * 1e30 if self.args.fp16 and self.state.global_step == OVERFLOWS_AT else loss
+
+
+def parity(bench: Bench) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    from splitlearn import AutoSplitModelForCausalLM, SplitTrainer, TrunkServer
+    from splitlearn.model.lora import ADAPTER, add_lora, settings_of, weights_of
+
+    shape = bench.shape if bench.device == "cpu" else SMALL
+    rows = torch.randint(3, shape["vocab_size"], (80, 64), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+    whole_class = type("Whole", (Overflowing, Trainer), {})
+    split_class = type("Split", (Overflowing, SplitTrainer), {})
+    precisions = {"float32": {}, "bfloat16": {"bf16": True}, "float16": {"fp16": True}}
+    for name, how in precisions.items() if bench.device == "cuda" else [("float32", {})]:
+        with tempfile.TemporaryDirectory() as folder:
+            torch.manual_seed(0)
+            LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(folder)
+            arguments = TrainingArguments(
+                folder,
+                max_steps=20,
+                per_device_train_batch_size=2,
+                gradient_accumulation_steps=2,
+                learning_rate=1e-3,
+                lr_scheduler_type="cosine",
+                weight_decay=0.01,
+                save_strategy="no",
+                report_to=[],
+                use_cpu=bench.device == "cpu",
+                disable_tqdm=True,
+                logging_steps=1,
+                **how,
+            )
+            whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            add_lora(whole, settings_of(config, "llama"), ADAPTER, 0)
+            before = {key: weight.detach().clone() for key, weight in weights_of(whole, ADAPTER).items()}
+            theirs = whole_class(model=whole, args=arguments, train_dataset=data)
+            theirs.train()
+            sessions = {"session_tokens": 64, "kv_budget_bytes": 64 << 20}
+            with TrunkServer(folder, port=0, device=bench.device, sessions=sessions) as server:
+                split = AutoSplitModelForCausalLM.from_pretrained(
+                    folder, trunk=server.address, device=bench.device, lora=config
+                )
+                ours = split_class(model=split, args=arguments, train_dataset=data)
+                ours.train()
+                after, run = split.adapter_weights(), split.trunk.run
+                split.close()
+        expected = {key: weight.detach().cpu() for key, weight in weights_of(whole, ADAPTER).items()}
+        moved = sum(float((expected[key] - before[key]).square().sum()) for key in before)
+        apart = sum(float((expected[key] - after[key]).square().sum()) for key in before)
+        told = [[e["loss"] for e in each.state.log_history if "loss" in e] for each in (ours, theirs)]
+        loss = max(abs(a - b) / abs(b) for a, b in zip(*told, strict=True))
+        skipped = run.step - run.version
+        bench.note(f"parity {name}", update=(apart / moved) ** 0.5, loss=loss, skipped=float(skipped))
 
 
 # ---------------------------------------------------------------- crossing
@@ -388,7 +468,9 @@ def trunk_ms(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cpu", action="store_true", help="try the script with tiny shapes")
-    parser.add_argument("--only", nargs="+", default=["gradients", "crossing", "step", "trunk"])
+    parser.add_argument(
+        "--only", nargs="+", default=["gradients", "parity", "crossing", "step", "compile", "trunk"]
+    )
     parser.add_argument("--output", type=Path, help="write the figures there, as JSON")
     given = parser.parse_args()
     bench = Bench(given.cpu)
@@ -405,6 +487,8 @@ def main() -> None:
         bench.free()
         if "gradients" in given.only:
             gradients(bench)
+        if "parity" in given.only:
+            parity(bench)
         if "crossing" in given.only:
             crossing(bench)
         if "step" in given.only:
