@@ -382,3 +382,18 @@ def test_a_run_that_is_open_with_another_optimizer_is_refused(tmp_path: Path, fo
         model(IDS[:1], labels=IDS[:1])
         with pytest.raises(SettingError, match="make the trainer before"):
             SplitTrainer(model, arguments(tmp_path), train_dataset=DATA)
+
+
+def test_a_run_that_has_stepped_is_not_mixed_with_a_fresh_client(tmp_path: Path, folder: Path, serve) -> None:
+    how = arguments(tmp_path, max_steps=2)
+    with serve(folder) as server:
+        with loaded(folder, server, run="notes") as model:
+            SplitTrainer(model, how, train_dataset=DATA).train()
+            expected = model.adapter_weights()
+        with loaded(folder, server, run="notes") as model:
+            trainer = SplitTrainer(model, how, train_dataset=DATA)
+            with pytest.raises(SettingError, match="start_over"):
+                trainer.train()
+            model.trunk.start_over()
+            trainer.train()
+            assert same(model.adapter_weights(), expected)

@@ -162,6 +162,9 @@ class GrpcTransport:
         request = pb.RestoreRunRequest(name=name, client=self._client, step=step)
         return run_facts_from_proto(self._call("RestoreRun", request))
 
+    def delete_run(self, name: str) -> int:
+        return int(self._call("DeleteRun", pb.RunRequest(name=name, client=self._client)).freed_bytes)
+
     def download_adapter(self, name: str) -> AdapterMessage:
         request = pb.AdapterRequest(name=name, client=self._client)
         with _channel(self.address, self._config) as channel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -49,6 +50,8 @@ class RemoteTrunk(nn.Module):
         # Without it nothing would ask for a gradient where the bottom is frozen.
         self._anchor = torch.zeros((), requires_grad=True)
         self._run: ClientRun | None = None
+        self.joined_at_step = 0
+        """Optimizer steps that the run had done, before this model, when it was joined."""
         self._acknowledged = 0
         self._start: AdapterMessage | None = None
         self.layers = trunk
@@ -145,7 +148,20 @@ class RemoteTrunk(nn.Module):
             raise UnsupportedCall(NO_RUN)
         self.planned = replace(planned, name=name)
         facts = self.transport.restore_run(name, step)
+        self.joined_at_step = 0
         self._run = ClientRun(self.transport, facts, planned.settings, self._config.train_s)
+
+    def start_over(self) -> None:
+        """Delete the run, and what is saved of it, from the server: the next step opens it anew.
+
+        Raises:
+            UnsupportedCall: the model was loaded without `lora=`.
+        """
+        if self.planned is None:
+            raise UnsupportedCall(NO_RUN)
+        with contextlib.suppress(RunLost):
+            self.transport.delete_run(self.planned.name)
+        self._run, self.joined_at_step = None, 0
 
     def start_from(self, adapter: AdapterMessage) -> None:
         """Let the run begin with these weights; they go to the trunk when it opens."""
@@ -153,7 +169,9 @@ class RemoteTrunk(nn.Module):
 
     def _open_or_join(self, planned: OpenRun) -> RunFacts:
         try:
-            return self.transport.join_run(planned.name)
+            joined = self.transport.join_run(planned.name)
+            self.joined_at_step = joined.step
+            return joined
         except RunLost:
             pass
         if self._start is None or not planned.settings.lora.r:

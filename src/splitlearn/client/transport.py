@@ -73,6 +73,10 @@ class Transport(Protocol):
         """Take a run over as its checkpoint has it."""
         ...
 
+    def delete_run(self, name: str) -> int:
+        """Remove a run from the server's memory and disk; the bytes that frees. Raises RunLost for none."""
+        ...
+
     def download_adapter(self, name: str) -> AdapterMessage:
         """The trunk's part of a run's adapter; raises AccessDenied where the run does not allow it."""
         ...

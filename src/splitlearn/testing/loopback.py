@@ -88,6 +88,10 @@ class LoopbackTransport:
     def restore_run(self, name: str, step: int) -> RunFacts:
         raise NotServed("an engine alone has no disk: use a TrunkServer")
 
+    def delete_run(self, name: str) -> int:
+        _within(FORK_S, self._engine.close_run(name))
+        return 0
+
     def download_adapter(self, name: str) -> AdapterMessage:
         return _within(FORK_S, self._engine.adapter(name))
 

@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotat
 from splitlearn.client.remote_trunk import RemoteTrunk
 from splitlearn.client.training import clip_grad_norm, parts_of, plan_run, trunk_of
 from splitlearn.config import AnomalyConfig
-from splitlearn.errors import CheckpointError, RunRolledBack
+from splitlearn.errors import CheckpointError, RunRolledBack, SettingError
 from splitlearn.training.anomaly import AnomalyWatch, Verdict
 from splitlearn.training.checkpoint import (
     Note,
@@ -64,8 +64,13 @@ class SplitTrainerMixin:
 
         Raises:
             CheckpointError: there is no such checkpoint.
+            SettingError: without it, the run's name is that of one that has been trained already.
         """
-        folder = self._common_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
+        if resume_from_checkpoint:
+            folder = self._common_checkpoint(resume_from_checkpoint)
+        else:
+            folder = None
+            self._require_fresh_run()
         while True:
             try:
                 trained: TrainOutput = super().train(folder, *args, **kwargs)  # type: ignore[misc]
@@ -73,6 +78,16 @@ class SplitTrainerMixin:
             except RunRolledBack as back:
                 log.warning(back.message)
                 folder = self._common_checkpoint(True)
+
+    def _require_fresh_run(self) -> None:
+        """Bottom and top begin anew, so the trunk must, too."""
+        run = self._trunk.run
+        if self._trunk.joined_at_step:
+            raise SettingError(
+                f"run {run.name} is open on the server and stands at step {run.step}, this side begins anew: "
+                "resume with resume_from_checkpoint=True, begin anew on both sides with "
+                "model.trunk.start_over(), or take another run name"
+            )
 
     def _common_checkpoint(self, wanted: str | bool) -> str:
         """The folder of the newest checkpoint whose other half the server has, or the one that is named."""
