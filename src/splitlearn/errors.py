@@ -130,10 +130,6 @@ class UnappliedGradients(SplitLearnError):
     """The trunk holds gradients that no optimizer step has used: it would silently not be trained."""
 
 
-class RunRolledBack(SplitLearnError):
-    """The two sides' newest checkpoints differ: both went back to `facts["step"]`, go on from there."""
-
-
 # Steps, sessions, limits.
 
 

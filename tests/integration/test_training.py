@@ -15,7 +15,7 @@ from splitlearn import AutoSplitModelForCausalLM, SplitTrainer, TrunkServer
 from splitlearn.client.training import clip_grad_norm
 from splitlearn.config import AnomalyConfig
 from splitlearn.engine.run import Run
-from splitlearn.errors import CheckpointError, SettingError, UnappliedGradients
+from splitlearn.errors import CheckpointError, RunLost, SettingError, UnappliedGradients
 from splitlearn.model.lora import ADAPTER, add_lora, settings_of, weights_of
 from splitlearn.testing.tiny import tiny_model, tiny_whole
 
@@ -348,6 +348,39 @@ def test_where_the_halves_differ_both_go_back_to_the_newest_that_both_have(
     with serve(folder) as server, loaded(folder, server, lora(lora_dropout=0.2), run="notes") as model:
         SplitTrainer(model, how, train_dataset=DATA).train(resume_from_checkpoint=True)
         assert same(model.adapter_weights(), undisturbed)
+
+
+class LoseTheRun(TrainerCallback):
+    """As a server does that restarts between two steps: what it saved is still there."""
+
+    def __init__(self, server: TrunkServer, steps: list[int]) -> None:
+        self.server, self.steps = server, steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.steps and state.global_step == self.steps[0]:
+            self.steps.pop(0)
+            self.server.engine.close_run("notes").result(WAIT_S)
+
+
+def test_where_the_server_loses_the_run_both_go_back_and_train_on(
+    tmp_path: Path, folder: Path, serve, undisturbed: Weights
+) -> None:
+    how = arguments(tmp_path / "out", save_strategy="steps", save_steps=4)
+    with serve(folder) as server, loaded(folder, server, lora(lora_dropout=0.2), run="notes") as model:
+        callbacks = [LoseTheRun(server, [6, 14])]
+        SplitTrainer(model, how, train_dataset=DATA, callbacks=callbacks).train()
+        assert same(model.adapter_weights(), undisturbed)
+
+
+@pytest.mark.parametrize("steps", [[2], [6, 6]], ids=["before any checkpoint", "twice without a newer one"])
+def test_where_there_is_nothing_to_go_back_to_the_loss_is_told(
+    tmp_path: Path, folder: Path, serve, steps: list[int]
+) -> None:
+    how = arguments(tmp_path / "out", save_strategy="steps", save_steps=4)
+    with serve(folder) as server, loaded(folder, server, run="notes") as model:
+        trainer = SplitTrainer(model, how, train_dataset=DATA, callbacks=[LoseTheRun(server, steps)])
+        with pytest.raises(RunLost):
+            trainer.train()
 
 
 def test_a_checkpoint_whose_other_half_is_gone_is_not_resumed_from(

@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotat
 from splitlearn.client.remote_trunk import RemoteTrunk
 from splitlearn.client.training import clip_grad_norm, parts_of, plan_run, trunk_of
 from splitlearn.config import AnomalyConfig
-from splitlearn.errors import CheckpointError, RunRolledBack, SettingError
+from splitlearn.errors import CheckpointError, RunLost, SettingError
 from splitlearn.training.anomaly import AnomalyWatch, Verdict
 from splitlearn.training.checkpoint import (
     Note,
@@ -60,11 +60,13 @@ class SplitTrainerMixin:
     ) -> TrainOutput:
         """As the library's; a checkpoint is resumed from only if the server has its other half.
 
-        With `True` that is the newest step that both sides have.
+        With `True` that is the newest step that both sides have. Where the server loses the run on the way,
+        both sides go back to that step and train on.
 
         Raises:
             CheckpointError: there is no such checkpoint.
             SettingError: without it, the run's name is that of one that has been trained already.
+            RunLost: the server lost the run, and there is no checkpoint since the last time.
         """
         if resume_from_checkpoint:
             folder = self._common_checkpoint(resume_from_checkpoint)
@@ -75,9 +77,23 @@ class SplitTrainerMixin:
             try:
                 trained: TrainOutput = super().train(folder, *args, **kwargs)  # type: ignore[misc]
                 return trained
-            except RunRolledBack as back:
-                log.warning(back.message)
-                folder = self._common_checkpoint(True)
+            except RunLost as lost:
+                folder = self._roll_back(lost, folder)
+
+    def _roll_back(self, lost: RunLost, resumed: str | None) -> str:
+        """The checkpoint to go on from, after the server lost the run and kept what it had saved of it.
+
+        Raises:
+            RunLost: there is no checkpoint that both sides have, or none since the last loss.
+        """
+        try:
+            folder = self._common_checkpoint(True)
+        except (CheckpointError, RunLost):
+            raise lost from None
+        if folder == resumed:
+            raise lost
+        log.warning("the server lost the run (%s): both sides go back to %s", lost.message, folder)
+        return folder
 
     def _require_fresh_run(self) -> None:
         """Bottom and top begin anew, so the trunk must, too."""
@@ -153,12 +169,13 @@ class SplitTrainerMixin:
         self._load_from_checkpoint(self.state.best_model_checkpoint)  # type: ignore[attr-defined]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        is_new = not hasattr(getattr(self, "optimizer", None), "steps_trunk")
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-        if is_new:
-            optimizer.register_step_pre_hook(self._step_trunk)
-            optimizer.register_step_post_hook(self._restore_rate)
-            vars(optimizer)["steps_trunk"] = True
+        # The second time it is wrapped by accelerate.
+        torchs = getattr(optimizer, "optimizer", optimizer)
+        if not hasattr(torchs, "steps_trunk"):
+            torchs.register_step_pre_hook(self._step_trunk)
+            torchs.register_step_post_hook(self._restore_rate)
+            vars(torchs)["steps_trunk"] = True
         return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
