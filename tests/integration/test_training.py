@@ -156,6 +156,29 @@ def test_under_autocast_both_round_alike(tmp_path: Path, folder: Path, serve) ->
         assert update_distance(before, model.adapter_weights(), of(whole)) <= 1e-3
 
 
+@pytest.mark.parametrize(
+    "rates", [{"trunk": 1e-3}, {"bottom": 2e-3, "trunk": 3e-2, "top": 5e-3}, {"bottom": 2e-3}], ids=str
+)
+def test_each_part_may_learn_at_a_rate_of_its_own(
+    tmp_path: Path, folder: Path, serve, rates: dict[str, float]
+) -> None:
+    whole = whole_with_adapter(folder)
+    groups: dict[str, list[Tensor]] = {"bottom": [], "trunk": [], "top": []}
+    for name, weight in weights_of(whole, ADAPTER).items():
+        layer = int(name.split(".")[2])
+        groups["bottom" if layer < 2 else "trunk" if layer < 4 else "top"].append(weight)
+    optimizer = torch.optim.AdamW(
+        [{"params": params, "lr": rates.get(part, 1e-2)} for part, params in groups.items()],
+        weight_decay=0.01,
+        fused=True,
+    )
+    Trainer(whole, arguments(tmp_path / "a"), train_dataset=DATA, optimizers=(optimizer, None)).train()
+    with serve(folder) as server, loaded(folder, server) as model:
+        how = arguments(tmp_path / "b")
+        SplitTrainer(model, how, train_dataset=DATA, learning_rates=rates).train()
+        assert same(model.adapter_weights(), of(whole))
+
+
 def test_a_last_partial_accumulation_is_used(tmp_path: Path, folder: Path, serve) -> None:
     """Five batches an epoch, two a step: the third step of each epoch has one."""
     how = {"max_steps": -1, "num_train_epochs": 2}

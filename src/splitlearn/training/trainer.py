@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from splitlearn.client.remote_trunk import RemoteTrunk
-from splitlearn.client.training import clip_grad_norm, parts_of, plan_run, trunk_of
+from splitlearn.client.training import PARTS, clip_grad_norm, parts_of, plan_run, trunk_of
 from splitlearn.config import AnomalyConfig
 from splitlearn.errors import CheckpointError, RunLost, SettingError
 from splitlearn.training.anomaly import AnomalyWatch, Verdict
@@ -38,6 +39,8 @@ class SplitTrainerMixin:
     trunk's, too, and one that is skipped because numbers overflowed is skipped on both sides.
 
     Args:
+        learning_rates: other rates than the arguments' one for "bottom", "trunk" or "top"; the schedule is
+            the same for all.
         anomalies: what to do about gradients that are no numbers, or whose norm leaps or vanishes; by
             default a step whose gradients are no numbers is skipped.
         args, kwargs: the trainer's own.
@@ -46,8 +49,17 @@ class SplitTrainerMixin:
     model: Any
     args: Any
 
-    def __init__(self, *args: Any, anomalies: AnomalyConfig | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        learning_rates: Mapping[str, float] | None = None,
+        anomalies: AnomalyConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self._learning_rates = dict(learning_rates or {})
+        if unknown := self._learning_rates.keys() - set(PARTS):
+            raise SettingError(f"learning_rates names {', '.join(unknown)}: the parts are {', '.join(PARTS)}")
         self.anomalies = AnomalyWatch(anomalies or AnomalyConfig())
         self._verdict = Verdict()
         self._rates: list[float] = []
@@ -173,6 +185,7 @@ class SplitTrainerMixin:
         # The second time it is wrapped by accelerate.
         torchs = getattr(optimizer, "optimizer", optimizer)
         if not hasattr(torchs, "steps_trunk"):
+            torchs.param_groups[:] = list(self._groups_by_part(torchs.param_groups))
             torchs.register_step_pre_hook(self._step_trunk)
             torchs.register_step_post_hook(self._restore_rate)
             vars(torchs)["steps_trunk"] = True
@@ -194,7 +207,31 @@ class SplitTrainerMixin:
         self._rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] *= self._verdict.rate
-        self._trunk.step(learning_rate=optimizer.param_groups[0]["lr"])
+        self._trunk.step(learning_rate=self._trunk_rate(optimizer.param_groups[0]))
+
+    def _trunk_rate(self, group: dict[str, Any]) -> float:
+        """The schedule's rate now, or as much of the trunk's own as the schedule leaves of the group's."""
+        now: float = group["lr"]
+        own = self._learning_rates.get("trunk")
+        if own is None and self._own_rate(group) is None:
+            return now
+        wanted = self.args.learning_rate if own is None else own
+        return float(wanted * now / group.get("initial_lr", now))
+
+    def _own_rate(self, group: dict[str, Any]) -> float | None:
+        return self._learning_rates.get(group.get("part", ""))
+
+    def _groups_by_part(self, groups: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The optimizer's groups, cut where bottom and top have rates of their own."""
+        if not self._learning_rates.keys() & {"bottom", "top"}:
+            yield from groups
+            return
+        part_of = {id(parameter): part for part, parameter in parts_of(self.model, self._trunk)}
+        for group in groups:
+            for part in ("bottom", "top"):
+                its = [each for each in group["params"] if part_of[id(each)] == part]
+                rate = self._learning_rates.get(part, group["lr"])
+                yield group | {"params": its, "lr": rate, "part": part}
 
     def _restore_rate(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """The schedule knows nothing of steps that were made smaller."""
