@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from splitlearn.cli.demo_model import GGUF_FILE, WHEEL, bundled_model
 from splitlearn.cli.trunk_process import TrunkProcess
+from splitlearn.client.grpc_transport import list_runs
 from splitlearn.testing.tiny import tiny_whole
 
 pytestmark = pytest.mark.timeout(300)  # several processes, each of which loads torch
@@ -69,7 +70,9 @@ def test_verify_finds_split_and_whole_equal(splitlearn, trunk, model_folder):
     done = splitlearn("verify", model_folder, "--trunk", trunk.address)
     assert done.returncode == 0, done.stdout + done.stderr
     outcomes = [line.split()[0] for line in done.stdout.splitlines()]
-    assert outcomes == ["ok"] * 5 + ["skipped"]
+    assert outcomes == ["ok"] * 6
+    assert "bit for bit equal" in done.stdout.splitlines()[-1]
+    assert list_runs(trunk.address, 10) == []
 
 
 def test_doctor_finds_nothing_wrong(splitlearn, trunk, model_folder):
@@ -133,11 +136,14 @@ def test_ctrl_c_ends_quietly_with_130(trunk, model_folder):
     assert errors == ""
 
 
-def test_demo_shows_equal_texts_and_the_figures(splitlearn, model_folder):
+def test_demo_shows_equal_texts_and_the_figures_and_learns(splitlearn, model_folder):
     done = splitlearn("demo", "--model", model_folder, "--max-new-tokens", 12, "--full")
     assert done.returncode == 0, done.stdout + done.stderr
     for shown in ("equal token for token", "time to first token", "without a cache (measured)", "privacy.md"):
         assert shown in done.stdout
+    (row,) = [line for line in done.stdout.splitlines() if "held-out loss" in line and "│" in line]
+    before, after = (float(cell) for cell in row.split("│")[2:4])
+    assert after < before
     assert done.stderr == ""
 
 

@@ -18,7 +18,7 @@ def run(name: str, *words: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_example_is_run_here():
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"generate_with_cache.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {"generate_with_cache.py", "train_lora.py"}
 
 
 def test_generate_with_cache_starts_its_own_server(model_folder):
@@ -31,3 +31,14 @@ def test_generate_with_cache_starts_its_own_server(model_folder):
 def test_generate_with_cache_takes_a_server_that_runs(model_folder, trunk):
     done = run("generate_with_cache.py", "--model", model_folder, "--trunk", trunk.address, "--new-tokens", 8)
     assert done.returncode == 0, done.stderr
+
+
+def test_train_lora_starts_its_own_server_and_learns(model_folder, tmp_path):
+    words = ["--model", model_folder, "--steps", 8, "--learning-rate", 2e-2, "--output", tmp_path / "adapter"]
+    done = run("train_lora.py", *words)
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stdout.splitlines() if "loss" in line and not line.startswith("{")]
+    before, after, whole = (float(line.split()[-1]) for line in told)
+    assert after < before
+    assert whole == pytest.approx(after, abs=2e-4)
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()

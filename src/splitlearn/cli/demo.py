@@ -1,8 +1,9 @@
-"""`splitlearn demo`: server, client and a real model's text on one machine, beside the whole model."""
+"""`splitlearn demo`: on one machine, a real model writes over the wire, beside the whole one, and learns."""
 
 from __future__ import annotations
 
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from splitlearn.cli.demo_model import bundled_model, is_made
+from splitlearn.cli.demo_training import show_training
 from splitlearn.cli.memory import peak_memory_bytes
 from splitlearn.cli.options import BOTTOM_LAYERS, TOP_LAYERS
 from splitlearn.cli.sizes import show_bytes
@@ -66,22 +68,34 @@ def demo(
     full: Annotated[
         bool, typer.Option("--full", help="Also generate without the cache, to measure what it would send.")
     ] = False,
+    train: Annotated[
+        bool, typer.Option("--train/--no-train", help="Also fine-tune it over the wire, some minutes.")
+    ] = True,
     model: Annotated[
         Path | None, typer.Option(help="Folder of another model.", show_default="the bundled one")
     ] = None,
 ) -> None:
     """All of it on one machine, with a small real model.
 
-    A trunk server, a client that generates over gRPC, and the whole model to compare with.
+    A trunk server, a client that generates over gRPC, the whole model to compare with, and a fine-tuning.
     """
-    from splitlearn.cli.whole_run import run_whole
-
     console = Console(highlight=False)
     folder = model or _prepared(console)
     console.print("Starting a trunk server as its own process ...")
-    with TrunkProcess(folder) as trunk:
+    with tempfile.TemporaryDirectory() as state, TrunkProcess(folder, "--state-dir", state) as trunk:
         console.print(f"It listens on {trunk.address}. The client connects and generates over gRPC:\n")
-        split = run_split(folder, trunk, prompt, max_new_tokens, full)
+        show_generation(folder, trunk, console, prompt, max_new_tokens, full)
+        if train:
+            show_training(folder, trunk.address, console)
+
+
+def show_generation(
+    folder: Path, trunk: TrunkProcess, console: Console, prompt: str, max_new_tokens: int, full: bool
+) -> None:
+    """A text over the wire, the whole model's beside it, and what each took."""
+    from splitlearn.cli.whole_run import run_whole
+
+    split = run_split(folder, trunk, prompt, max_new_tokens, full)
     console.print("\nThe whole model gets the same tokens, in a process of its own ...")
     whole = run_whole(folder, split.prompt_ids, max_new_tokens)
     require_equal(split.made.token_ids, whole.token_ids)

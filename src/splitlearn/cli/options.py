@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from splitlearn.config import ClientConfig, CodecName, DTypeName, ServerConfig, SessionConfig, Settings
 
+Verb = TypeVar("Verb", bound=Callable[..., Any])
 _ADDRESS = re.compile(r"(\[[^\]]+\]|[^:\s]+):(\d{1,5})")
 
 
 def setting(settings: type[Settings], name: str, *flags: str, **how: Any) -> Any:
     """An option that says of itself what the setting says of itself."""
     return typer.Option(*flags, help=settings.model_fields[name].description, **how)
+
+
+def with_options_of(settings: type[Settings]) -> Callable[[Verb], Verb]:
+    """Give a verb an option for each of the settings, in their order; its `**told` receives them."""
+    options = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.is_required() else field.default,
+            annotation=Annotated[field.annotation, setting(settings, name)],
+        )
+        for name, field in settings.model_fields.items()
+    ]
+
+    def add(verb: Verb) -> Verb:
+        signature = inspect.signature(verb, eval_str=True)
+        kept = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+        whole = signature.replace(parameters=[*kept, *options])
+        verb.__signature__ = whole  # type: ignore[attr-defined]
+        verb.__annotations__ = {name: each.annotation for name, each in whole.parameters.items()}
+        return verb
+
+    return add
 
 
 def default_of(settings: type[Settings], name: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitlearn.cli.checks import Check, failed, ok, skipped
+from splitlearn.cli.checks import Check, failed, ok
 from splitlearn.errors import SplitLearnError
 
 # B rows   T tokens   V vocabulary
@@ -38,15 +38,15 @@ def tolerance_of(precisions: set[str], trunk_device: str) -> float:
 
 def parity_checks(pair: Pair, inputs: dict[str, Tensor]) -> Iterator[Check]:
     """Each check as it is done; one that raises has failed."""
-    yield _attempt("logits", lambda: check_logits(pair, inputs, use_cache=True))
-    yield _attempt("logits, no cache", lambda: check_logits(pair, inputs, use_cache=False))
-    yield _attempt("padded batch", lambda: check_padded_batch(pair, inputs))
-    yield _attempt("greedy text", lambda: check_greedy(pair, inputs, use_cache=True))
-    yield _attempt("greedy text, no cache", lambda: check_greedy(pair, inputs, use_cache=False))
-    yield skipped("gradients", "not served yet")
+    yield attempt("logits", lambda: check_logits(pair, inputs, use_cache=True))
+    yield attempt("logits, no cache", lambda: check_logits(pair, inputs, use_cache=False))
+    yield attempt("padded batch", lambda: check_padded_batch(pair, inputs))
+    yield attempt("greedy text", lambda: check_greedy(pair, inputs, use_cache=True))
+    yield attempt("greedy text, no cache", lambda: check_greedy(pair, inputs, use_cache=False))
 
 
-def _attempt(name: str, check: Callable[[], tuple[bool, str]]) -> Check:
+def attempt(name: str, check: Callable[[], tuple[bool, str]]) -> Check:
+    """What the check found; an error is a failed check."""
     try:
         passed, found = check()
     except SplitLearnError as error:

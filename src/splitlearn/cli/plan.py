@@ -88,6 +88,6 @@ def _rows(cost: SplitCost, work: Work) -> list[tuple[str, str]]:
         ("wire: the same text without the cache", show_bytes(wire.generation_bytes_without_cache)),
         (
             f"wire: a training step of {work.batch} x {work.seq} tokens",
-            f"{show_bytes(wire.training_step_bytes)} (not served yet)",
+            show_bytes(wire.training_step_bytes),
         ),
     ]

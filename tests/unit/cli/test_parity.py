@@ -23,9 +23,7 @@ def outcomes(split, whole):
 
 
 def test_a_model_equals_itself(models):
-    found = outcomes(models[0], models[0])
-    assert found.pop("gradients") is Outcome.SKIPPED
-    assert set(found.values()) == {Outcome.OK}
+    assert set(outcomes(models[0], models[0]).values()) == {Outcome.OK}
 
 
 def test_another_model_is_found_out(models):
@@ -41,7 +39,7 @@ def test_a_call_that_fails_is_a_failed_check(models):
 
     lost.generate = lost
     found = list(parity_checks(Pair(lost, models[0], EXACT_ON_CPU), INPUTS))
-    assert {check.outcome for check in found[:-1]} == {Outcome.FAILED}
+    assert {check.outcome for check in found} == {Outcome.FAILED}
     assert found[0].found == "the session is gone"
 
 

@@ -1,0 +1,324 @@
+"""One fine-tuning: examples in, an adapter out, the loss on what was held out before and after."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
+
+from splitlearn.cli.text import load_tokenizer
+from splitlearn.cli.train_settings import TrainSettings
+from splitlearn.errors import CheckpointError, RunLost, SettingError
+from splitlearn.model.checkpoint import Checkpoint
+from splitlearn.training.checkpoint import whole_checkpoints
+from splitlearn.training.data import TrainingData, training_data
+from splitlearn.training.packing import require_packable
+from splitlearn.training.tokens import IGNORED
+from splitlearn.training.trainer import SplitTrainer
+
+ADAPTER, RESULT = "adapter", "result.json"
+Show = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class FineTuned:
+    """What came of it; losses are means over the held-out examples' learned tokens, in nats."""
+
+    run: str
+    steps: int = 0
+    held_out_loss_before: float | None = None
+    held_out_loss_after: float | None = None
+
+
+class FineTuning:
+    """Trains a split model on these examples; what it writes goes to the settings' output folder.
+
+    Args:
+        model: loaded with `lora=`.
+        show: takes a line for each thing that a reader wants to know.
+        has_bar: whether to draw the library's progress bar on stderr.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        data: TrainingData,
+        settings: TrainSettings,
+        show: Show | None = None,
+        has_bar: bool | None = None,
+    ) -> None:
+        self._model = model
+        self._data = data
+        self._settings = settings
+        self._show = show or to_stderr
+        # Made before the model is first called: it tells the run what the run is opened with.
+        self.trainer = HeldOutTrainer(
+            model=model,
+            args=arguments(settings, model),
+            train_dataset=data.train,
+            eval_dataset=data.held_out or None,
+            data_collator=data.collate,
+        )
+        self._show_progress(sys.stderr.isatty() if has_bar is None else has_bar)
+
+    def require_new_run(self) -> None:
+        """Raises SettingError where the server has a run of this name already."""
+        trunk, name = self._model.trunk, self._settings.run
+        if name is None:
+            return
+        try:
+            facts = trunk.transport.run_facts(name)
+        except RunLost:
+            return
+        raise SettingError(
+            f"the server has a run {name} already, at step {facts.step}: go on from its checkpoint with "
+            f"--resume, take another name, or remove it with `splitlearn runs {trunk.transport.address} "
+            f"--delete {name}`"
+        )
+
+    def run(self) -> FineTuned:
+        """Train, from the newest common checkpoint where the settings say so, and write the adapter."""
+        result = self._begin()
+        trained = self.trainer.train(resume_from_checkpoint=self._settings.resume or None)
+        done = FineTuned(
+            run=self._model.trunk.run.name,
+            steps=trained.global_step,
+            held_out_loss_before=result.held_out_loss_before,
+            held_out_loss_after=self._held_out_loss("after"),
+        )
+        self._model.save_adapter(self._settings.output / ADAPTER)
+        self._write(done)
+        return done
+
+    def _begin(self) -> FineTuned:
+        for line in told_of(self._data):
+            self._show(line)
+        if self._settings.resume:
+            return read_result(self._settings.output)
+        begun = FineTuned(run=self._model.trunk.run.name, held_out_loss_before=self._held_out_loss("before"))
+        self._write(begun)
+        return begun
+
+    def _held_out_loss(self, when: str) -> float | None:
+        if not self._data.held_out:
+            return None
+        loss = self.trainer.held_out_loss()
+        self._show(f"held-out loss {when}: {loss:.4f}")
+        return loss
+
+    def _write(self, result: FineTuned) -> None:
+        (self._settings.output / RESULT).write_text(json.dumps(asdict(result)) + "\n")
+
+    def _show_progress(self, has_bar: bool) -> None:
+        for printing in (PrinterCallback, ProgressCallback):
+            self.trainer.remove_callback(printing)
+        self.trainer.add_callback(Bar() if has_bar else Lines(self._show))
+
+
+class HeldOutTrainer(SplitTrainer):
+    """Its evaluation is the mean over all learned tokens; the library's is the mean of its batches' means."""
+
+    control: Any
+
+    def held_out_loss(self) -> float:
+        """In nats a token."""
+        was_training = self.model.training
+        self.model.eval()
+        total, terms = 0.0, 0
+        try:
+            with torch.no_grad(), self.accelerator.autocast():
+                for batch in self.get_eval_dataloader():
+                    learned = int((batch["labels"][:, 1:] != IGNORED).sum())
+                    loss = self.model(**{**self._prepare_inputs(batch), "use_cache": False}).loss
+                    total, terms = total + float(loss) * learned, terms + learned
+        finally:
+            self.model.train(was_training)
+        return total / terms
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        metrics = {f"{metric_key_prefix}_loss": self.held_out_loss()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class Lines(TrainerCallback):
+    """A line for each log."""
+
+    def __init__(self, show: Show) -> None:
+        self._show = show
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if line := line_of(state.global_step, state.max_steps, logs or {}):
+            self._show(line)
+
+
+class Bar(ProgressCallback):
+    """The library's progress bar, with our lines above it."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if line := line_of(state.global_step, state.max_steps, logs or {}):
+            tqdm.write(line, file=sys.stderr)
+
+
+def line_of(step: int, steps: int, logs: dict[str, float]) -> str:
+    """Empty for a log that is no step's."""
+    names = {
+        "loss": "loss {:.4f}",
+        "eval_loss": "held-out loss {:.4f}",
+        "grad_norm": "gradient norm {:.3g}",
+        "learning_rate": "learning rate {:.3g}",
+    }
+    told = [form.format(logs[name]) for name, form in names.items() if name in logs]
+    return f"step {step} of {steps}: {', '.join(told)}" if told else ""
+
+
+def to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def learnable(model: str, settings: TrainSettings) -> TrainingData:
+    """The files' examples as this model's tokens, packed where that was asked for or can be.
+
+    Raises:
+        DataError, SettingError, CheckpointError: as `training_data`; or the model has no tokenizer.
+    """
+    config = Checkpoint.open(model).config
+    return training_data(
+        list(settings.data),
+        load_tokenizer(model),
+        max_tokens=settings.max_tokens,
+        held_out_share=settings.held_out,
+        seed=settings.seed,
+        pack_for=config if is_packed(settings.pack, config) else None,
+    )
+
+
+def is_packed(wanted: bool | None, config: Any) -> bool:
+    if wanted is not None:
+        return wanted
+    try:
+        require_packable(config)
+    except SettingError:
+        return False
+    return True
+
+
+def told_of(data: TrainingData) -> list[str]:
+    """What became of the files, a line each."""
+    lines = [
+        f"{data.train_examples:,} examples to learn in {len(data.train):,} rows, "
+        f"{data.held_out_examples:,} held out"
+    ]
+    if data.truncated:
+        lines.append(f"{data.truncated:,} examples are longer than --max-tokens and are learned up to there")
+    if data.dropped:
+        lines.append(f"{data.dropped:,} examples are left out: nothing to learn lies within --max-tokens")
+    return lines
+
+
+def lora_of(settings: TrainSettings) -> LoraConfig | Path:
+    """PEFT's configuration, or the folder of the adapter to go on from."""
+    if settings.start_from is not None:
+        return settings.start_from
+    targets = settings.target_modules
+    return LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha or 2 * settings.lora_r,
+        lora_dropout=settings.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+    )
+
+
+def arguments(settings: TrainSettings, model: Any) -> TrainingArguments:
+    """The settings as the library's trainer takes them.
+
+    Raises:
+        SettingError: TensorBoard is wanted and not installed, or the precision cannot be had here.
+    """
+    on_cpu = model.device.type == "cpu"
+    autocast = autocast_of(settings, model.dtype, on_cpu)
+    schedule = settings.schedule
+    return TrainingArguments(
+        output_dir=str(settings.output),
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if schedule == "constant" else schedule,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.clip,
+        bf16=autocast == "bfloat16",
+        fp16=autocast == "float16",
+        seed=settings.seed,
+        save_steps=settings.save_steps,
+        save_total_limit=settings.keep,
+        logging_steps=settings.log_steps,
+        logging_first_step=True,
+        eval_strategy="steps" if settings.eval_steps else "no",
+        eval_steps=settings.eval_steps,
+        report_to="tensorboard" if has_tensorboard(settings.tensorboard) else "none",
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        disable_tqdm=True,
+    )
+
+
+def autocast_of(settings: TrainSettings, weights: torch.dtype, on_cpu: bool) -> str:
+    """What matrix products run in, where that is not what the weights are in."""
+    if settings.precision == "auto":
+        return "bfloat16" if weights is torch.bfloat16 else ""
+    if settings.precision == "float16" and on_cpu:
+        raise SettingError(
+            "--precision float16 needs its loss scaled, which is there on GPUs alone: take bfloat16"
+        )
+    return "" if settings.precision == "float32" else settings.precision
+
+
+def has_tensorboard(wanted: bool | None) -> bool:
+    is_there = importlib.util.find_spec("tensorboard") is not None
+    if wanted and not is_there:
+        raise SettingError("TensorBoard is not installed: `pip install tensorboard`, or --no-tensorboard")
+    return is_there if wanted is None else wanted
+
+
+def require_new(output: Path) -> None:
+    """Make the folder; raises SettingError where an earlier training is in it."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingError(f"{output} cannot be made ({error.strerror}): name another --output") from None
+    if any(output.glob("checkpoint-*")) or (output / ADAPTER).exists():
+        raise SettingError(
+            f"{output} has an earlier training: go on from it with --resume, or name another --output"
+        )
+
+
+def require_same_run(settings: TrainSettings) -> None:
+    """Raises where there is nothing to resume, or it is another run's."""
+    whole = whole_checkpoints(settings.output)
+    if not whole:
+        raise CheckpointError(f"{settings.output} has no whole checkpoint: train without --resume")
+    run = whole[0][1].run
+    if settings.run not in (None, run):
+        raise SettingError(f"{settings.output} is of run {run}, not {settings.run}: leave --run out")
+
+
+def read_result(output: Path) -> FineTuned:
+    """What an earlier training of this folder has written down."""
+    try:
+        return FineTuned(**json.loads((output / RESULT).read_text()))
+    except (OSError, ValueError, TypeError):
+        return FineTuned(run="")

@@ -1,0 +1,105 @@
+"""`splitlearn train`: fine-tune with LoRA over the wire, with checkpoints and a held-out loss."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from splitlearn.cli.config_file import take_config, write_config
+from splitlearn.cli.options import (
+    AcceptLabelLeak,
+    Codec,
+    Model,
+    OwnBottomLayers,
+    OwnDevice,
+    OwnDType,
+    OwnTopLayers,
+    Trunk,
+    with_options_of,
+)
+from splitlearn.cli.train_settings import TrainSettings
+from splitlearn.errors import SettingError
+
+ASKED = "train.yaml"
+
+
+@with_options_of(TrainSettings)
+def train(
+    context: typer.Context,
+    model: Model,
+    trunk: Trunk,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            callback=take_config,
+            is_eager=True,
+            metavar="FILE.yaml",
+            help="Settings by their options' names; what the command line says goes before.",
+        ),
+    ] = None,
+    bottom_layers: OwnBottomLayers = None,
+    top_layers: OwnTopLayers = None,
+    accept_label_leak: AcceptLabelLeak = False,
+    dtype: OwnDType = "auto",
+    codec: Codec = "raw",
+    device: OwnDevice = "cpu",
+    **told: Any,
+) -> None:
+    """Fine-tune with LoRA; texts and labels stay here.
+
+    Bottom and top are trained here, the trunk on the server. The output folder gets checkpoints, train.yaml
+    (what was asked, as --config takes it) and, at the end, the whole model's adapter in PEFT's format.
+    """
+    settings = _settings(told)
+
+    from splitlearn.cli.fine_tuning import (
+        ADAPTER,
+        FineTuning,
+        learnable,
+        lora_of,
+        require_new,
+        require_same_run,
+    )
+    from splitlearn.client.split_model import AutoSplitModelForCausalLM
+
+    if settings.resume:
+        require_same_run(settings)
+    else:
+        require_new(settings.output)
+    data = learnable(model, settings)
+    client = AutoSplitModelForCausalLM.from_pretrained(
+        model,
+        trunk=trunk,
+        bottom_layers=bottom_layers,
+        top_layers=top_layers,
+        accept_label_leak=accept_label_leak,
+        dtype=dtype,
+        codec=codec,
+        device=device,
+        lora=lora_of(settings),
+        run=settings.run,
+        freeze=settings.freeze,
+        seed=settings.seed,
+    )
+    with closing(client):
+        tuning = FineTuning(client, data, settings)
+        if not settings.resume:
+            tuning.require_new_run()
+            write_config(context, settings.output / ASKED, leave_out={"config", "resume"})
+        done = tuning.run()
+    if done.held_out_loss_before is not None and done.held_out_loss_after is not None:
+        print(f"held-out loss {done.held_out_loss_before:.4f} -> {done.held_out_loss_after:.4f}")
+    print(f"{settings.output / ADAPTER}: the adapter after {done.steps} steps of run {done.run}")
+
+
+def _settings(told: dict[str, Any]) -> TrainSettings:
+    """Raises BadParameter for a value out of its range."""
+    try:
+        settings = TrainSettings(**told)
+        settings.require_consistent()
+    except SettingError as error:
+        raise typer.BadParameter(error.message) from None
+    return settings
