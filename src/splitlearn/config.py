@@ -90,6 +90,8 @@ class RunConfig(Settings):
     """How long a forward waits for its gradient before what it kept is let go."""
     staleness_limit: NonNegativeInt = 1
     """Optimizer steps that may lie between a forward and its backward; older gradients are refused."""
+    run_lease_s: PositiveFloat = 24 * 3600.0
+    """A run that nobody has used for longer is closed; what was saved of it can be resumed from."""
     max_runs: PositiveInt = 64
     """Runs that may be open at once, over all clients."""
     max_adapters: PositiveInt = 64

@@ -62,9 +62,10 @@ def test_a_killed_run_ends_as_the_undisturbed_one_bit_for_bit(disturb, kind):
         assert outcome.error_s < AT_ONCE_S
 
 
-@pytest.mark.xfail(strict=True, reason="RemoteTrunk._open_or_join joins a run that has stepped, silently")
 def test_a_run_begun_anew_takes_nothing_over_from_the_open_run_of_its_name(disturb, kill_resume):
-    assert disturb("client", kill_resume.Moment(step=3, later_s=0.0, in_save=False)).equal
+    outcome = disturb("client", kill_resume.Moment(step=3, later_s=0.0, in_save=False))
+    assert outcome.refused.startswith("SettingError")
+    assert outcome.equal  # begun anew under another name
 
 
 @pytest.mark.xfail(strict=True, reason="ClientRun.evaluate takes a number that dropout's seeds are made of")

@@ -162,6 +162,9 @@ class GrpcTransport:
         request = pb.RestoreRunRequest(name=name, client=self._client, step=step)
         return run_facts_from_proto(self._call("RestoreRun", request))
 
+    def close_run(self, name: str) -> None:
+        self._call("CloseRun", pb.RunRequest(name=name, client=self._client))
+
     def delete_run(self, name: str) -> int:
         return int(self._call("DeleteRun", pb.RunRequest(name=name, client=self._client)).freed_bytes)
 

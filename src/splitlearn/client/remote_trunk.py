@@ -142,14 +142,23 @@ class RemoteTrunk(nn.Module):
 
         Raises:
             CheckpointError: there is no such checkpoint, or it is torn.
+            SettingError: it was saved with other LoRA settings, or another optimizer.
         """
         planned = self.planned
         if planned is None:
             raise UnsupportedCall(NO_RUN)
         self.planned = replace(planned, name=name)
         facts = self.transport.restore_run(name, step)
+        require_same(facts.name, facts.settings, planned.settings)
         self.joined_at_step = 0
         self._run = ClientRun(self.transport, facts, planned.settings, self._config.train_s)
+
+    def close_run(self) -> None:
+        """Free what the run holds in the server's memory; what was saved of it can be resumed from."""
+        if self._run is not None:
+            with contextlib.suppress(RunLost):
+                self.transport.close_run(self._run.name)
+            self._run = None
 
     def start_over(self) -> None:
         """Delete the run, and what is saved of it, from the server: the next step opens it anew.

@@ -25,7 +25,7 @@ from splitlearn.model.checkpoint import Checkpoint
 from splitlearn.model.plan import SplitPlan
 from splitlearn.model.skeleton import decoder_of
 from splitlearn.model.weights import fingerprint, load_client, resolve_dtype
-from splitlearn.vocabulary import CodecId
+from splitlearn.vocabulary import CodecId, TapeSettings
 from splitlearn.wire.frames import FrameFormat
 from splitlearn.wire.handshake import ModelIdentity
 
@@ -58,6 +58,8 @@ class AutoSplitModelForCausalLM:
         run: str | None = None,
         freeze: Collection[str] = (),
         seed: int = 0,
+        tape: TapeSettings | None = None,
+        allow_download: bool = True,
         **settings: Any,
     ) -> PreTrainedModel:
         """The library's own causal LM, whose middle layers run on the trunk server.
@@ -78,6 +80,8 @@ class AutoSplitModelForCausalLM:
             run: the run's name, which joins it where it is open already; by default a name of its own.
             freeze: which of "bottom", "trunk", "top" are not trained.
             seed: of the adapter's first weights and of dropout.
+            tape: what the trunk keeps of a forward until its gradient comes: all of it by default.
+            allow_download: whether the trunk's part of the adapter may be fetched from the server.
 
         Raises:
             TrunkUnreachable, NotATrunk, ProtocolMismatch, ModelMismatch, SplitMismatch: the server is not
@@ -99,7 +103,7 @@ class AutoSplitModelForCausalLM:
             model = connect(
                 checkpoint, plan, transport, client_config, weights_dtype, device, attn_implementation
             )
-            prepare_training(model, lora, run, freeze, seed)
+            prepare_training(model, lora, run, freeze, seed, tape, allow_download=allow_download)
             return model
         except BaseException:
             transport.close()

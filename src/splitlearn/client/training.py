@@ -17,7 +17,7 @@ from splitlearn.client.remote_trunk import NO_RUN, RemoteTrunk
 from splitlearn.client.run import require_same
 from splitlearn.errors import SettingError, UnsupportedCall
 from splitlearn.model.lora import ADAPTER, add_lora, settings_of
-from splitlearn.vocabulary import LoraSettings, OptimizerSettings, Precision, RunSettings
+from splitlearn.vocabulary import LoraSettings, OptimizerSettings, Precision, RunSettings, TapeSettings
 from splitlearn.wire.messages import OpenRun
 
 PARTS = ("bottom", "trunk", "top")
@@ -31,10 +31,14 @@ def prepare_training(
     run: str | None,
     freeze: Collection[str],
     seed: int,
+    tape: TapeSettings | None = None,
+    *,
+    allow_download: bool = True,
 ) -> None:
     """Put LoRA on bottom and top, and plan the trunk's run; without `lora` and `freeze` nothing is done.
 
-    `lora` is PEFT's configuration, or the folder of an adapter to go on from.
+    `lora` is PEFT's configuration, or the folder of an adapter to go on from. The other arguments are
+    those of `AutoSplitModelForCausalLM.from_pretrained`.
 
     Raises:
         SettingError: `freeze` names no part, or leaves nothing to train.
@@ -50,22 +54,23 @@ def prepare_training(
                 "give lora=LoraConfig(...) to train the trunk, or freeze=['trunk'] to leave it be"
             )
         return
-    settings = NOT_TRAINED
+    adapter = NOT_TRAINED
     folder = None if lora is None or isinstance(lora, LoraConfig) else Path(lora)
     if folder is not None:
         lora = read_config(folder)
     if isinstance(lora, LoraConfig):
-        settings = settings_of(lora, model.config.model_type)
-        add_lora(model, settings, ADAPTER, seed)
+        adapter = settings_of(lora, model.config.model_type)
+        add_lora(model, adapter, ADAPTER, seed)
         model._hf_peft_config_loaded = True  # what transformers' own add_adapter notes
     trunk = trunk_of(model)
     for part, parameter in parts_of(model, trunk):
         if part in freeze:
             parameter.requires_grad_(False)
-    trunk.lora = settings
-    asked = NOT_TRAINED if "trunk" in freeze else settings
+    trunk.lora = adapter
+    asked = NOT_TRAINED if "trunk" in freeze else adapter
     name = run or f"run-{secrets.token_hex(8)}"
-    trunk.planned = OpenRun(name, RunSettings(lora=asked, seed=seed))
+    settings = RunSettings(lora=asked, tape=tape or TapeSettings(), seed=seed, allow_download=allow_download)
+    trunk.planned = OpenRun(name, settings)
     if folder is not None:
         start_from(model, trunk, folder)
 

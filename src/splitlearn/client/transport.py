@@ -73,6 +73,10 @@ class Transport(Protocol):
         """Take a run over as its checkpoint has it."""
         ...
 
+    def close_run(self, name: str) -> None:
+        """Free what a run holds in the server's memory; raises RunLost where none of this name is open."""
+        ...
+
     def delete_run(self, name: str) -> int:
         """Remove a run from the server's memory and disk; the bytes that frees. Raises RunLost for none."""
         ...

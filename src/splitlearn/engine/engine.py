@@ -199,6 +199,8 @@ class Engine:
             log.info("sessions expired", sessions=expired)
         if expired := self.tape.expire(time.monotonic()):
             log.info("forwards without a backward expired", forwards=expired)
+        if names := self._runs.expire(time.monotonic()):
+            log.warning("runs that nobody used were closed", runs=names)
         if self._ready:
             self._wait_for_company()
             self._run_next_batch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
 
@@ -40,6 +41,7 @@ class Run:
         self.name, self.number, self.settings = name, number, settings
         self.client = client
         self.incarnation = 1
+        self.used_at = time.monotonic()
         self.step = 0
         self.slot = slot
         self.masters = {name: weight.requires_grad_() for name, weight in weights.items()}
@@ -65,7 +67,7 @@ class Run:
 
     def rejoin(self, client: bytes) -> None:
         """A newer incarnation takes over: what the older one half accumulated is discarded."""
-        self.client = client
+        self.client, self.used_at = client, time.monotonic()
         self.incarnation += 1
         self._forget_gradients()
         self._answers.clear()

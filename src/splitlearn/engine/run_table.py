@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Iterator
 
 from torch import Tensor
@@ -105,6 +106,8 @@ class RunTable:
             RunLost: it is not here, or somebody has joined it since.
         """
         run = self._by_number.get(key.run)
+        if run is not None:
+            run.used_at = time.monotonic()
         if run is None:
             raise RunLost("the run is not held here (it was closed, or the server restarted): join it again")
         if run.incarnation != key.incarnation:
@@ -130,6 +133,13 @@ class RunTable:
         if run.slot is not None:
             self._state.slots.remove(run.slot)
         return run
+
+    def expire(self, now: float) -> list[str]:
+        """Close the runs that nobody has used for the lease; their names."""
+        idle = [run.name for run in self if run.used_at + self._config.run_lease_s < now]
+        for name in idle:
+            self.close(name)
+        return idle
 
     def _start(self, asked: OpenRun, slot: str, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
         """A loaded adapter's weights in place of drawn ones."""

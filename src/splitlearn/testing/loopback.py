@@ -88,6 +88,9 @@ class LoopbackTransport:
     def restore_run(self, name: str, step: int) -> RunFacts:
         raise NotServed("an engine alone has no disk: use a TrunkServer")
 
+    def close_run(self, name: str) -> None:
+        _within(FORK_S, self._engine.close_run(name))
+
     def delete_run(self, name: str) -> int:
         _within(FORK_S, self._engine.close_run(name))
         return 0
