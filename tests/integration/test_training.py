@@ -15,9 +15,17 @@ from splitlearn import AutoSplitModelForCausalLM, SplitTrainer, TrunkServer
 from splitlearn.client.training import clip_grad_norm
 from splitlearn.config import AnomalyConfig
 from splitlearn.engine.run import Run
-from splitlearn.errors import CheckpointError, RunLost, SettingError, UnappliedGradients
+from splitlearn.errors import (
+    CheckpointError,
+    RunLost,
+    SettingError,
+    TrunkUnreachable,
+    UnappliedGradients,
+    UnsupportedCall,
+)
 from splitlearn.model.lora import ADAPTER, add_lora, settings_of, weights_of
 from splitlearn.testing.tiny import tiny_model, tiny_whole
+from splitlearn.vocabulary import Phase
 
 FAMILIES = ["llama", "gemma3_text", "qwen2_moe", "phi", "gpt2"]
 NO_DROPOUT = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}}
@@ -435,7 +443,8 @@ def test_a_plain_trainer_is_told_that_the_trunk_is_not_stepped(tmp_path: Path, f
 
 def test_a_run_that_is_open_with_another_optimizer_is_refused(tmp_path: Path, folder: Path, serve) -> None:
     with serve(folder) as server, loaded(folder, server) as model:
-        model(IDS[:1], labels=IDS[:1])
+        model(IDS[:1], labels=IDS[:1]).loss.backward()
+        model.trunk.step()
         with pytest.raises(SettingError, match="make the trainer before"):
             SplitTrainer(model, arguments(tmp_path), train_dataset=DATA)
 
@@ -453,3 +462,76 @@ def test_a_run_that_has_stepped_is_not_mixed_with_a_fresh_client(tmp_path: Path,
             model.trunk.start_over()
             trainer.train()
             assert same(model.adapter_weights(), expected)
+
+
+def test_a_losing_connection_costs_nothing(tmp_path: Path, folder: Path, serve, monkeypatch) -> None:
+    """Each answer of a backward and of an optimizer step is lost once, after the work was done."""
+    whole = whole_with_adapter(folder)
+    Trainer(whole, arguments(tmp_path / "a", max_steps=4), train_dataset=DATA).train()
+    with serve(folder) as server, loaded(folder, server) as model:
+        transport, lost = model.trunk.transport, set()
+        answered = transport.run_step
+
+        def losing(message: Any) -> Any:
+            answer = answered(message)
+            if message.key.phase in (Phase.BACKWARD, Phase.OPTIMIZER_STEP) and message.key not in lost:
+                lost.add(message.key)
+                raise TrunkUnreachable("the answer was lost")
+            return answer
+
+        monkeypatch.setattr(transport, "run_step", losing)
+        SplitTrainer(model, arguments(tmp_path / "b", max_steps=4), train_dataset=DATA).train()
+        assert len(lost) == 12
+        assert same(model.adapter_weights(), of(whole))
+
+
+def test_what_the_trunk_holds_must_be_known(folder: Path, serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve(folder) as server, loaded(folder, server) as model:
+        with monkeypatch.context() as broken:
+            answered = model.trunk.transport.run_step
+
+            def losing(message: Any) -> Any:
+                answer = answered(message)
+                if message.key.phase is Phase.BACKWARD:
+                    raise TrunkUnreachable("the answer was lost")
+                return answer
+
+            broken.setattr(model.trunk.transport, "run_step", losing)
+            with pytest.raises(TrunkUnreachable):
+                model(IDS[:1], labels=IDS[:1]).loss.backward()
+        with pytest.raises(UnappliedGradients, match="skip_step"):
+            model(IDS[:1], labels=IDS[:1])
+        model.trunk.skip_step()
+        model(IDS[:1], labels=IDS[:1]).loss.backward()
+        model.trunk.step()
+
+
+def test_one_forward_gives_one_gradient(folder: Path, serve) -> None:
+    with serve(folder) as server, loaded(folder, server) as model:
+        logits = model(IDS[:1]).logits
+        logits.sum().backward(retain_graph=True)
+        with pytest.raises(UnsupportedCall, match="one gradient a forward"):
+            logits.square().sum().backward()
+
+
+def test_an_adapter_that_was_loaded_answers_from_the_first_call(tmp_path: Path, folder: Path, serve) -> None:
+    with serve(folder) as server:
+        with loaded(folder, server) as model:
+            SplitTrainer(model, arguments(tmp_path / "a", max_steps=3), train_dataset=DATA).train()
+            model.save_adapter(tmp_path / "adapter")
+            expected = model.eval().generate(IDS[:1], max_new_tokens=8, do_sample=False, pad_token_id=0)
+        again = AutoSplitModelForCausalLM.from_pretrained(
+            folder, trunk=server.address, lora=tmp_path / "adapter"
+        )
+        found = again.eval().generate(IDS[:1], max_new_tokens=8, do_sample=False, pad_token_id=0)
+        again.close()
+        assert torch.equal(found, expected)
+
+
+def test_clipping_twice_is_clipping_once(folder: Path, serve) -> None:
+    with serve(folder) as server, loaded(folder, server) as model:
+        model(IDS[:2], labels=IDS[:2]).loss.backward()
+        clip_grad_norm(model, 1e-3)
+        scale = model.trunk.gradient_scale
+        assert float(clip_grad_norm(model, float("inf"))) == pytest.approx(1e-3, rel=1e-3)
+        assert model.trunk.gradient_scale == scale < 1

@@ -68,7 +68,6 @@ def test_a_run_begun_anew_takes_nothing_over_from_the_open_run_of_its_name(distu
     assert outcome.equal  # begun anew under another name
 
 
-@pytest.mark.xfail(strict=True, reason="ClientRun.evaluate takes a number that dropout's seeds are made of")
 def test_an_evaluation_before_the_save_does_not_change_what_a_resumed_run_drops(disturb, kill_resume):
     moment = kill_resume.Moment(step=12, later_s=0.0, in_save=False)
     assert disturb("client", moment, evaluates=True).equal

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, StaticCache
@@ -47,7 +46,7 @@ def watch(
 ) -> CallContext:
     """Note every call of this decoder, and refuse those whose result would be wrong.
 
-    Where the model `trains`, a call that may ask for gradients gets no cache unless it wants one.
+    Where the model `trains`, a call gets no cache unless it wants one: training and evaluation need none.
     """
     context = CallContext()
     names = argument_names(decoder)
@@ -57,7 +56,7 @@ def watch(
     ) -> tuple[Any, dict[str, Any]]:
         # Some families hand the token ids over by position.
         kwargs = dict(zip(names, args, strict=False)) | kwargs
-        without = module.training or (trains() and torch.is_grad_enabled() and not kwargs.get("use_cache"))
+        without = module.training or (trains() and not kwargs.get("use_cache"))
         cache = _cache_of(kwargs, config, without=without)
         call = Call(_mask_of(kwargs), kwargs.get("position_ids"), cache)
         _refuse_unsupported(kwargs, config)

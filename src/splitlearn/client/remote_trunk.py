@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import Cache
 
 from splitlearn.client.call_context import Call, CallContext
@@ -16,7 +17,7 @@ from splitlearn.client.remote_cache import session_of
 from splitlearn.client.run import ClientRun, require_same
 from splitlearn.client.transport import Transport
 from splitlearn.config import ClientConfig
-from splitlearn.errors import RunLost, UnsupportedCall
+from splitlearn.errors import RunLost, SettingError, UnsupportedCall
 from splitlearn.vocabulary import LoraSettings, StepKey, Timings, Versions
 from splitlearn.wire.host_memory import to_host
 from splitlearn.wire.messages import (
@@ -50,6 +51,10 @@ class RemoteTrunk(nn.Module):
         # Without it nothing would ask for a gradient where the bottom is frozen.
         self._anchor = torch.zeros((), requires_grad=True)
         self._run: ClientRun | None = None
+        self.is_named = False
+        """Whether the run's name is its user's choice."""
+        self._was_closed = False
+        self._opened_here = False
         self.joined_at_step = 0
         """Optimizer steps that the run had done, before this model, when it was joined."""
         self._acknowledged = 0
@@ -120,6 +125,8 @@ class RemoteTrunk(nn.Module):
         if self._run is None:
             if self.planned is None:
                 raise UnsupportedCall(NO_RUN)
+            if self._was_closed:
+                raise UnsupportedCall("the run was closed: restore it, or call model.trunk.start_over()")
             facts = self._open_or_join(self.planned)
             require_same(facts.name, facts.settings, self.planned.settings)
             self._run = ClientRun(self.transport, facts, self.planned.settings, self._config.train_s)
@@ -147,10 +154,10 @@ class RemoteTrunk(nn.Module):
         planned = self.planned
         if planned is None:
             raise UnsupportedCall(NO_RUN)
-        self.planned = replace(planned, name=name)
         facts = self.transport.restore_run(name, step)
         require_same(facts.name, facts.settings, planned.settings)
-        self.joined_at_step = 0
+        self.planned = replace(planned, name=name)
+        self._was_closed, self.joined_at_step = False, 0
         self._run = ClientRun(self.transport, facts, planned.settings, self._config.train_s)
 
     def close_run(self) -> None:
@@ -158,7 +165,7 @@ class RemoteTrunk(nn.Module):
         if self._run is not None:
             with contextlib.suppress(RunLost):
                 self.transport.close_run(self._run.name)
-            self._run = None
+            self._run, self._was_closed = None, True
 
     def start_over(self) -> None:
         """Delete the run, and what is saved of it, from the server: the next step opens it anew.
@@ -170,7 +177,15 @@ class RemoteTrunk(nn.Module):
             raise UnsupportedCall(NO_RUN)
         with contextlib.suppress(RunLost):
             self.transport.delete_run(self.planned.name)
-        self._run, self.joined_at_step = None, 0
+        self._run, self._was_closed, self.joined_at_step = None, False, 0
+
+    def reopen_if_unused(self) -> bool:
+        """Let the next step open the run anew, where this model opened it and nobody has trained it yet."""
+        if self._run is None or self._run.step or not self._opened_here:
+            return False
+        self.close_run()
+        self._was_closed = False
+        return True
 
     def start_from(self, adapter: AdapterMessage) -> None:
         """Let the run begin with these weights; they go to the trunk when it opens."""
@@ -179,10 +194,16 @@ class RemoteTrunk(nn.Module):
     def _open_or_join(self, planned: OpenRun) -> RunFacts:
         try:
             joined = self.transport.join_run(planned.name)
+        except RunLost:
+            self._opened_here = True
+        else:
+            if self._start is not None:
+                raise SettingError(
+                    f"run {planned.name} is open already and cannot start from another adapter: "
+                    "take another run name, or call model.trunk.start_over()"
+                )
             self.joined_at_step = joined.step
             return joined
-        except RunLost:
-            pass
         if self._start is None or not planned.settings.lora.r:
             return self.transport.open_run(planned)
         self.transport.load_adapter(self._start)
@@ -218,9 +239,9 @@ class RemoteTrunk(nn.Module):
 
     def _opening(self) -> OpenSession:
         """A session generates with the run's adapter as it is when the session opens."""
-        run = self._run
-        adapter = run.name if run is not None and run.settings.lora.r else ""
-        return OpenSession(adapter=Versions(adapter))
+        if self.planned is None or not self.planned.settings.lora.r:
+            return OpenSession()
+        return OpenSession(adapter=Versions(self.run.name), precision=self.run.settings.precision)
 
     def _deadline_s(self, activation_BTD: Tensor) -> float:
         rows, tokens = activation_BTD.shape[:2]
@@ -269,7 +290,13 @@ class _Trained(torch.autograd.Function):
         return answer_BTD.to(activation_BTD.device)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:
+        if getattr(ctx, "went_back", False):
+            raise UnsupportedCall(
+                "the trunk gives one gradient a forward: add the losses before backward, or forward again"
+            )
+        ctx.went_back = True
         gradient_BTD = ctx.run.backward(ctx.asked, to_host(gradients[0]))
         return None if gradient_BTD is None else gradient_BTD.to(gradients[0].device), None, None, None, None
 

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from dataclasses import replace
+from itertools import count
 
 import xxhash
 from torch import Tensor
 
 from splitlearn.client.transport import Transport
-from splitlearn.errors import SettingError, TapeExpired, UnappliedGradients
+from splitlearn.errors import (
+    SettingError,
+    StepTimeout,
+    TapeExpired,
+    TrunkUnreachable,
+    UnappliedGradients,
+)
 from splitlearn.vocabulary import Phase, RunSettings, StepKey, Timings
 from splitlearn.wire.messages import AnswerMessage, OptimizerStep, RunFacts, RunStepMessage
 
 # B rows   T tokens   D hidden
 
+ASK_AGAIN_S = (0.2, 1.0)
+CHANGES = (Phase.BACKWARD, Phase.OPTIMIZER_STEP)
 log = logging.getLogger("splitlearn")
 
 
@@ -40,7 +50,10 @@ class ClientRun:
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
         self._next_microbatch = 0
+        # Numbers of their own: those of microbatches decide what dropout drops.
+        self._evaluations = count()
         self._unapplied = 0
+        self._is_torn = False
 
     @property
     def unapplied(self) -> int:
@@ -61,6 +74,7 @@ class ClientRun:
         Raises:
             UnappliedGradients: the trunk's gradients of a whole accumulation wait for an optimizer step.
         """
+        self._require_whole()
         if self._unapplied >= self.accumulation:
             raise UnappliedGradients(
                 f"the trunk holds the gradients of {self._unapplied} microbatches that no optimizer step has "
@@ -106,7 +120,7 @@ class ClientRun:
         return _tensor_of(
             self._ask(
                 RunStepMessage(
-                    key=self._key(Phase.EVALUATE, self._take_number()),
+                    key=self._key(Phase.EVALUATE, next(self._evaluations)),
                     tensor_BTD=activation_BTD,
                     mask_columns_BT=mask_BT,
                     positions_BT=positions_BT,
@@ -123,7 +137,13 @@ class ClientRun:
         return answer.norms
 
     def apply(self, scale: float, learning_rate: float, *, skip: bool = False) -> None:
-        """Have the trunk's optimizer step, or drop what has been accumulated."""
+        """Have the trunk's optimizer step, or drop what has been accumulated.
+
+        Raises:
+            UnappliedGradients: it is not known what the trunk holds, because an answer was lost.
+        """
+        if not skip:
+            self._require_whole()
         self._ask(
             RunStepMessage(
                 key=self._key(Phase.OPTIMIZER_STEP),
@@ -134,12 +154,30 @@ class ClientRun:
         with self._lock:
             self.step += 1
             self._next_microbatch = self._unapplied = 0
+            self._is_torn = False
 
     def _ask(self, message: RunStepMessage) -> AnswerMessage:
-        answer = self._transport.run_step(message)
+        """The answer; asked again where it was lost on the way, because the server does a step once."""
+        for pause_s in (*ASK_AGAIN_S, None):
+            try:
+                answer = self._transport.run_step(message)
+                break
+            except (TrunkUnreachable, StepTimeout):
+                if pause_s is None:
+                    # Whether it was done is not known here.
+                    self._is_torn = self._is_torn or message.key.phase in CHANGES
+                    raise
+                time.sleep(pause_s)
         self.version = answer.versions.version
         self.last_timings = answer.timings
         return answer
+
+    def _require_whole(self) -> None:
+        if self._is_torn:
+            raise UnappliedGradients(
+                "an answer of the trunk was lost, and with it whether it holds a microbatch's gradients: "
+                "call model.trunk.skip_step() and repeat the step, or resume from a checkpoint"
+            )
 
     def _key(self, phase: Phase, microbatch: int = 0) -> StepKey:
         return StepKey(
@@ -149,11 +187,6 @@ class ClientRun:
             microbatch=microbatch,
             phase=phase,
         )
-
-    def _take_number(self) -> int:
-        with self._lock:
-            self._next_microbatch += 1
-            return self._next_microbatch - 1
 
     def _seed(self, key: StepKey) -> int:
         """Of dropout: the same whenever this microbatch is forwarded; never 0, which is none."""

@@ -70,7 +70,7 @@ def prepare_training(
     asked = NOT_TRAINED if "trunk" in freeze else adapter
     name = run or f"run-{secrets.token_hex(8)}"
     settings = RunSettings(lora=asked, tape=tape or TapeSettings(), seed=seed, allow_download=allow_download)
-    trunk.planned = OpenRun(name, settings)
+    trunk.planned, trunk.is_named = OpenRun(name, settings), run is not None
     if folder is not None:
         start_from(model, trunk, folder)
 
@@ -120,14 +120,16 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     )
     device = next((gradient.device for gradient in (*below, *above)), torch.device("cpu"))
     between = trunk.grad_norms()
-    norms = [*_norms(below), *between[between != -1].to(device).unbind(), *_norms(above)]
+    # What an earlier clipping left of them; the trunk scales its gradients when it steps.
+    between = (between[between != -1] * trunk.gradient_scale).to(device)
+    norms = [*_norms(below), *between.unbind(), *_norms(above)]
     if not norms:
         return torch.zeros(())
     total = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]))
     scale = torch.clamp(max_norm / (total + CLIP_EPSILON), max=1.0)
     for gradient in (*below, *above):
         gradient.mul_(scale.to(gradient.device))
-    trunk.gradient_scale = float(scale)
+    trunk.gradient_scale *= float(scale)
     return total
 
 
@@ -152,7 +154,7 @@ def plan_run(
         accumulation=accumulation,
         precision=Precision(autocast=autocast),
     )
-    if trunk.is_training:
+    if trunk.is_training and not trunk.reopen_if_unused():
         require_same(trunk.run.name, trunk.run.settings, settings)
         trunk.run.accumulation = accumulation
     trunk.planned = replace(trunk.planned, settings=settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -126,7 +127,12 @@ class RunStore:
         return freed
 
     def bytes(self, name: str) -> int:
-        return sum(file.stat().st_size for file in (self._folder / name).rglob("*") if file.is_file())
+        """Bytes on the disk; what comes and goes meanwhile may be missed."""
+        size = 0
+        for file in (self._folder / name).rglob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                size += file.stat().st_size if file.is_file() else 0
+        return size
 
     def _checkpoints(self, name: str) -> Iterator[tuple[int, Path]]:
         folder = self._folder / name

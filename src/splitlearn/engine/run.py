@@ -123,12 +123,11 @@ class Run:
 
     def accumulate(self, gradients: Sequence[Tensor | None], loss_scale: float) -> None:
         """Add a microbatch's gradients, in the order of the weights; the scale is taken out first."""
-        for index, gradient in enumerate(gradients):
-            if gradient is None:
-                continue
-            unscaled = gradient.float() if loss_scale == 1.0 else gradient.float() * (1.0 / loss_scale)
-            held = self._gradients[index]
-            self._gradients[index] = unscaled if held is None else held + unscaled
+        # Into a list of its own: where memory ends halfway, nothing has been added.
+        self._gradients = [
+            _sum(held, gradient, loss_scale)
+            for held, gradient in zip(self._gradients, gradients, strict=True)
+        ]
 
     def download(self) -> AdapterMessage:
         """The weights as they are now, on the CPU.
@@ -164,11 +163,13 @@ class Run:
             MessageError: no gradient has come since the last step.
         """
         if not asked.skip and self.optimizer is not None:
+            room = [torch.empty_like(master, requires_grad=False) for master in self.masters.values()]
             self._step(asked, self.optimizer)
-            self.current = self._published(self.version + 1)
+            self.current = self._published(self.version + 1, room)
         self.skipped += asked.skip
         self.step += 1
         self._forget_gradients()
+        self._answers.clear()
 
     def kept_answer(self, microbatch: Microbatch) -> AnswerMessage | None:
         """The answer to a backward that was done already."""
@@ -212,15 +213,29 @@ class Run:
                 f"step {self.next_step} of run {self.name} has no gradients: run a backward first"
             )
         for weight, gradient in zip(self._weights, self._gradients, strict=True):
-            weight.grad = None if gradient is None else gradient.mul_(asked.gradient_scale)
+            # Not in place: a step that fails is asked for again.
+            weight.grad = None if gradient is None else gradient * asked.gradient_scale
         for group in optimizer.param_groups:
             group["lr"] = asked.learning_rate
         optimizer.step()
         optimizer.zero_grad()
 
-    def _published(self, number: int) -> AdapterVersion:
-        weights = {name: master.detach().clone().requires_grad_() for name, master in self.masters.items()}
+    @torch.no_grad()
+    def _published(self, number: int, room: Sequence[Tensor] | None = None) -> AdapterVersion:
+        """Copies of the masters, in memory that was made sure of before the step."""
+        room = room or [torch.empty_like(master, requires_grad=False) for master in self.masters.values()]
+        weights = {
+            name: into.copy_(master).requires_grad_()
+            for (name, master), into in zip(self.masters.items(), room, strict=True)
+        }
         return AdapterVersion(self.name, self.slot, number, weights)
 
     def _forget_gradients(self) -> None:
         self._gradients = [None] * len(self._gradients)
+
+
+def _sum(held: Tensor | None, gradient: Tensor | None, loss_scale: float) -> Tensor | None:
+    if gradient is None:
+        return held
+    unscaled = gradient.float() if loss_scale == 1.0 else gradient.float() * (1.0 / loss_scale)
+    return unscaled if held is None else held + unscaled

@@ -23,6 +23,7 @@ from splitlearn.wire.messages import AnswerMessage, RunStepMessage
 # B rows   T tokens   D hidden
 
 Shape = tuple[object, ...]
+SHAPES_KEPT = 4096
 
 
 class RunSteps:
@@ -141,6 +142,9 @@ class RunSteps:
         if asked.optimizer is None:
             raise MessageError("an optimizer step says by what to scale the gradients, and its learning rate")
         run.apply(asked.optimizer)
+        if asked.optimizer.skip:
+            # What was dropped stays dropped, even if its backward arrives late.
+            self._tape.forget_run(run.number)
         answer = AnswerMessage(
             asked.key, versions=Versions(run.name, run.version), stepped=not asked.optimizer.skip
         )
@@ -209,6 +213,8 @@ class RunSteps:
         if shape in self._graph_bytes:
             yield
             return
+        if len(self._graph_bytes) >= SHAPES_KEPT:
+            self._graph_bytes.clear()
         saved: list[weakref.ref[Tensor]] = []
 
         def note(tensor: Tensor) -> Tensor:

@@ -7,12 +7,14 @@ from functools import wraps
 from typing import Any, TypeVar
 
 import grpc
+import structlog
 
-from splitlearn.errors import SplitLearnError
+from splitlearn.errors import SplitLearnError, TrunkFailed
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.status import DETAIL_KEY, error_to_proto
 
 Reply = TypeVar("Reply")
+log = structlog.get_logger("splitlearn.server")
 Context = Any
 """`grpc.aio.ServicerContext`, whose type parameters nobody agrees on."""
 
@@ -44,6 +46,10 @@ def refusing(method: Callable[..., Awaitable[Reply]]) -> Callable[..., Awaitable
             return await method(self, request, context)
         except SplitLearnError as error:
             await refuse(context, error)
+            raise
+        except Exception as error:
+            log.error("a call failed", call=method.__name__, exc_info=error)
+            await refuse(context, TrunkFailed("the server failed at this call; its log has the cause"))
             raise
 
     return call

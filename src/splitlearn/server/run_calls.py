@@ -22,8 +22,10 @@ from splitlearn.wire.adapters import AdapterAssembly, adapter_to_parts
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.generated import splitlearn_pb2_grpc as rpc
 from splitlearn.wire.handshake import client_id
-from splitlearn.wire.messages import RunFacts
+from splitlearn.wire.messages import AdapterMessage, RunFacts
 from splitlearn.wire.runs import facts_to_proto, open_run_from_proto, run_name
+
+ADAPTER_S = 600.0
 
 
 class RunCalls(rpc.TrunkServicer):
@@ -34,7 +36,7 @@ class RunCalls(rpc.TrunkServicer):
     @refusing
     async def OpenRun(self, request: pb.OpenRunRequest, context: Context) -> pb.RunReply:
         asked = open_run_from_proto(request)
-        if kept := self._store.steps(asked.name):
+        if kept := await asyncio.to_thread(self._store.steps, asked.name):
             raise MessageError(
                 f"run {asked.name!r} has checkpoints on this server (steps {list(kept)}): resume from one, "
                 "take another name, or delete them"
@@ -53,26 +55,22 @@ class RunCalls(rpc.TrunkServicer):
         try:
             return await self._reply(self._hall.engine.with_run(name, Run.facts))
         except RunLost:
-            if not (kept := self._store.steps(name)):
+            if not (kept := await asyncio.to_thread(self._store.steps, name)):
                 raise
-            return facts_to_proto(self._with_disk(RunFacts(name, state="saved", step=kept[-1])))
+            saved = RunFacts(name, state="saved", step=kept[-1])
+            return facts_to_proto(await asyncio.to_thread(self._with_disk, saved))
 
     @refusing
     async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsReply:
         is_open = await asyncio.wrap_future(self._hall.engine.run_facts())
-        names = {facts.name for facts in is_open}
-        saved = [
-            RunFacts(name, state="saved", step=self._store.steps(name)[-1])
-            for name in self._store.names()
-            if name not in names
-        ]
-        return pb.ListRunsReply(runs=[facts_to_proto(self._with_disk(each)) for each in (*is_open, *saved)])
+        every = await asyncio.to_thread(self._with_saved, is_open)
+        return pb.ListRunsReply(runs=map(facts_to_proto, every))
 
     @refusing
     async def SaveRun(self, request: pb.SaveRunRequest, context: Context) -> pb.RunReply:
         """The run as it stands after the step that its client has just had done."""
         name, engine = run_name(request.name), self._hall.engine
-        self._require_place(name)
+        await asyncio.to_thread(self._require_place, name)
         snapshot = await asyncio.wrap_future(engine.with_run(name, Run.snapshot))
         if request.step != snapshot.step:
             raise StepOutOfOrder(
@@ -99,19 +97,27 @@ class RunCalls(rpc.TrunkServicer):
         try:
             await asyncio.wrap_future(self._hall.engine.close_run(name))
         except RunLost:
-            if not self._store.steps(name):
+            if not await asyncio.to_thread(self._store.steps, name):
                 raise
         return pb.DeleteReply(freed_bytes=await asyncio.to_thread(self._store.delete, name))
 
     @refusing
     async def LoadAdapter(self, requests: AsyncIterator[pb.AdapterPart], context: Context) -> pb.AdapterReply:
+        try:
+            async with asyncio.timeout(ADAPTER_S):
+                adapter = await self._received(requests)
+        except TimeoutError:
+            raise MessageError(f"an adapter's parts did not come within {ADAPTER_S:g} s: again") from None
+        version = await asyncio.wrap_future(self._hall.engine.load_adapter(adapter))
+        size = sum(weight.nbytes for weight in version.weights.values())
+        return pb.AdapterReply(name=version.name, version=version.number, bytes=size)
+
+    async def _received(self, requests: AsyncIterator[pb.AdapterPart]) -> AdapterMessage:
         assembly = AdapterAssembly(self._hall.config.runs.max_adapter_bytes)
         async for part in requests:
             if (adapter := await asyncio.to_thread(assembly.add, part)) is not None:
                 client_id(assembly.client)
-                version = await asyncio.wrap_future(self._hall.engine.load_adapter(adapter))
-                size = sum(weight.nbytes for weight in version.weights.values())
-                return pb.AdapterReply(name=version.name, version=version.number, bytes=size)
+                return adapter
         raise MessageError("an adapter's last part did not come: send it again")
 
     @refusing
@@ -138,7 +144,15 @@ class RunCalls(rpc.TrunkServicer):
         return self._hall.runs
 
     async def _reply(self, done: Future[RunFacts]) -> pb.RunReply:
-        return facts_to_proto(self._with_disk(await asyncio.wrap_future(done)))
+        facts = await asyncio.wrap_future(done)
+        return facts_to_proto(await asyncio.to_thread(self._with_disk, facts))
+
+    def _with_saved(self, is_open: list[RunFacts]) -> list[RunFacts]:
+        """The runs that are open and those that are on disk alone."""
+        names = {facts.name for facts in is_open}
+        steps = {name: self._store.steps(name) for name in self._store.names() if name not in names}
+        saved = [RunFacts(name, state="saved", step=kept[-1]) for name, kept in steps.items() if kept]
+        return [self._with_disk(each) for each in (*is_open, *saved)]
 
     def _with_disk(self, facts: RunFacts) -> RunFacts:
         store = self._store

@@ -18,6 +18,7 @@ from splitlearn.config import AnomalyConfig
 from splitlearn.errors import CheckpointError, RunLost, SettingError
 from splitlearn.training.anomaly import AnomalyWatch, Verdict
 from splitlearn.training.checkpoint import (
+    NOTE,
     Note,
     complete,
     load_weights,
@@ -57,6 +58,8 @@ class SplitTrainerMixin:
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if self.args.world_size > 1:
+            raise SettingError("a split model is trained by one process: each would train a trunk of its own")
         self._learning_rates = dict(learning_rates or {})
         if unknown := self._learning_rates.keys() - set(PARTS):
             raise SettingError(f"learning_rates names {', '.join(unknown)}: the parts are {', '.join(PARTS)}")
@@ -120,7 +123,7 @@ class SplitTrainerMixin:
     def _common_checkpoint(self, wanted: str | bool) -> str:
         """The folder of the newest checkpoint whose other half the server has, or the one that is named."""
         if wanted is True:
-            whole = whole_checkpoints(Path(self.args.output_dir))
+            whole = self._own(whole_checkpoints(Path(self.args.output_dir)))
         else:
             note = note_of(Path(str(wanted)))
             whole = [] if note is None else [(Path(str(wanted)), note)]
@@ -129,7 +132,7 @@ class SplitTrainerMixin:
                 f"{self.args.output_dir if wanted is True else wanted} has no checkpoint of SplitTrainer "
                 "that is whole: train from the start, without resume_from_checkpoint"
             )
-        kept = self._trunk.transport.run_facts(whole[0][1].run).checkpoints
+        kept = self._kept_by_server(whole[0][1].run)
         for folder, note in whole:
             if note.step in kept:
                 if folder is not whole[0][0]:
@@ -140,20 +143,34 @@ class SplitTrainerMixin:
             f"has {list(kept) or 'none'}: train from the start under another run name"
         )
 
+    def _own(self, whole: list[tuple[Path, Note]]) -> list[tuple[Path, Note]]:
+        """Those of this run, or of the newest where this one's name is nobody's choice."""
+        planned = self._trunk.planned
+        name = planned.name if planned is not None and self._trunk.is_named else None
+        if name is None and whole:
+            name = whole[0][1].run
+        return [(folder, note) for folder, note in whole if note.run == name]
+
+    def _kept_by_server(self, name: str) -> tuple[int, ...]:
+        try:
+            return self._trunk.transport.run_facts(name).checkpoints
+        except RunLost:
+            return ()
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Both halves under one step; older ones go once both sides have this one."""
+        output_dir = Path(self._get_output_dir(trial=trial))  # type: ignore[attr-defined]
+        checkpoint = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"  # type: ignore[attr-defined]
+        # A folder that is written again is not whole meanwhile.
+        (checkpoint / NOTE).unlink(missing_ok=True)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
         finally:
             self.args.save_total_limit = limit
-        output_dir = Path(self._get_output_dir(trial=trial))  # type: ignore[attr-defined]
         run = self._trunk.run
         self._trunk.save()
-        complete(
-            output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}",  # type: ignore[attr-defined]
-            Note(run.name, run.step),
-        )
+        complete(checkpoint, Note(run.name, run.step))
         rotate_checkpoints(
             output_dir=str(output_dir),
             save_total_limit=limit,
@@ -207,19 +224,17 @@ class SplitTrainerMixin:
         self._rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] *= self._verdict.rate
-        self._trunk.step(learning_rate=self._trunk_rate(optimizer.param_groups[0]))
+        self._trunk.step(learning_rate=self._trunk_rate(optimizer.param_groups))
 
-    def _trunk_rate(self, group: dict[str, Any]) -> float:
-        """The schedule's rate now, or as much of the trunk's own as the schedule leaves of the group's."""
-        now: float = group["lr"]
-        own = self._learning_rates.get("trunk")
-        if own is None and self._own_rate(group) is None:
-            return now
-        wanted = self.args.learning_rate if own is None else own
-        return float(wanted * now / group.get("initial_lr", now))
-
-    def _own_rate(self, group: dict[str, Any]) -> float | None:
-        return self._learning_rates.get(group.get("part", ""))
+    def _trunk_rate(self, groups: list[dict[str, Any]]) -> float:
+        """The schedule's rate now, or as much of the trunk's own as the schedule leaves of a group's."""
+        if not self._learning_rates:
+            return float(groups[0]["lr"])
+        wanted = self._learning_rates.get("trunk", self.args.learning_rate)
+        moving = next((group for group in groups if group.get("initial_lr", group["lr"])), None)
+        if moving is None:
+            return float(wanted)
+        return float(wanted * moving["lr"] / moving.get("initial_lr", moving["lr"]))
 
     def _groups_by_part(self, groups: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The optimizer's groups, cut where bottom and top have rates of their own."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 from splitlearn.errors import FrameError, MessageError
@@ -20,12 +21,12 @@ FORMAT = FrameFormat()
 
 
 def adapter_to_parts(adapter: AdapterMessage, client: bytes, part_bytes: int) -> Iterator[pb.AdapterPart]:
-    """In parts of about this size; a single weight is never cut."""
+    """In parts of about this size; a weight that is larger goes as several frames of its rows."""
     part = pb.AdapterPart(
         name=adapter.name, version=adapter.version, client=client, lora=lora_to_proto(adapter.lora)
     )
-    for name, weight in adapter.weights.items():
-        frame = encode_frame(weight, Role.WEIGHT, FORMAT)
+    for name, rows in _rows(adapter.weights, part_bytes):
+        frame = encode_frame(rows, Role.WEIGHT, FORMAT)
         frame.name = name
         if part.weights and part.ByteSize() + frame.ByteSize() > part_bytes:
             yield part
@@ -35,6 +36,13 @@ def adapter_to_parts(adapter: AdapterMessage, client: bytes, part_bytes: int) ->
     yield part
 
 
+def _rows(weights: Mapping[str, Tensor], part_bytes: int) -> Iterator[tuple[str, Tensor]]:
+    for name, weight in weights.items():
+        row_bytes = max(weight.nbytes // max(len(weight), 1), 1)
+        for rows in torch.split(weight, max(part_bytes // row_bytes, 1)):
+            yield name, rows
+
+
 class AdapterAssembly:
     """Puts the parts together, checked one by one, up to a limit of bytes."""
 
@@ -42,7 +50,8 @@ class AdapterAssembly:
         self._max_bytes = max_bytes
         self._bytes = 0
         self._first: pb.AdapterPart | None = None
-        self._weights: dict[str, Tensor] = {}
+        self._weights: dict[str, list[Tensor]] = {}
+        self._last_name = ""
         self.client = b""
 
     def add(self, part: pb.AdapterPart) -> AdapterMessage | None:
@@ -65,15 +74,24 @@ class AdapterAssembly:
         if not part.last:
             return None
         first = self._first
-        return AdapterMessage(first.name, first.version, lora_from_proto(first.lora), self._weights)
+        weights = {name: torch.cat(rows) if rows[1:] else rows[0] for name, rows in self._weights.items()}
+        return AdapterMessage(first.name, first.version, lora_from_proto(first.lora), weights)
 
     def _add(self, frame: pb.Frame) -> None:
         name = frame.name
-        if not 0 < len(name) <= MAX_NAME or name in self._weights or len(self._weights) >= MAX_WEIGHTS:
+        goes_on = name == self._last_name
+        if not 0 < len(name) <= MAX_NAME or (name in self._weights and not goes_on):
             raise MessageError(f"a weight called {name[:80]!r}: each has a name of its own")
-        if len(frame.shape) > 2:
+        if not 1 <= len(frame.shape) <= 2:
             raise FrameError(f"weight {name[:80]} has {len(frame.shape)} dimensions, an adapter's have two")
-        self._weights[name] = decode_frame(frame, Role.WEIGHT, (None,) * len(frame.shape))
+        if sum(map(len, self._weights.values())) >= MAX_WEIGHTS:
+            raise MessageError(f"an adapter of over {MAX_WEIGHTS:,} weights")
+        rows = decode_frame(frame, Role.WEIGHT, (None,) * len(frame.shape))
+        held = self._weights.setdefault(name, [])
+        if held and (rows.shape[1:] != held[0].shape[1:] or rows.dtype != held[0].dtype):
+            raise FrameError(f"the rows of weight {name[:80]} do not fit each other")
+        held.append(rows)
+        self._last_name = name
 
 
 def adapter_from_parts(parts: Iterable[pb.AdapterPart], max_bytes: int) -> AdapterMessage:

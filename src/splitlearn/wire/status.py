@@ -36,6 +36,7 @@ CLASSES: dict[pb.ErrorCode, type[SplitLearnError]] = {
     pb.RUN_LOST: errors.RunLost,
     pb.TAPE_EXPIRED: errors.TapeExpired,
     pb.STALE_GRADIENT: errors.StaleGradient,
+    pb.CHECKPOINT: errors.CheckpointError,
 }
 CODES = {kind: code for code, kind in CLASSES.items()}
 

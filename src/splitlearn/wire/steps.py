@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -248,6 +249,7 @@ def _sent(phase: Phase) -> Role:
 def _add_sides(
     proto: pb.Step, mask_columns_BT: Tensor | None, positions_BT: Tensor | None, format: FrameFormat
 ) -> None:
+    format = replace(format, apart=None)
     if mask_columns_BT is not None:
         proto.mask_columns.CopyFrom(encode_frame(mask_columns_BT, Role.MASK_COLUMNS, format))
     if positions_BT is not None:

@@ -410,7 +410,7 @@ def test_each_microbatch_drops_otherwise_and_a_model_that_evaluates_drops_nothin
     seeds = [message.seed for message in sent if message.key.phase in (Phase.FORWARD, Phase.EVALUATE)]
     assert len(set(seeds[:3])) == 3
     assert all(seeds[:3])
-    assert seeds[3:] == [0, 0]
+    assert seeds[3:] == [0, 0, 0]
 
 
 def test_a_forward_that_the_trunk_let_go_of_is_forwarded_again_by_itself(folder):
@@ -441,5 +441,9 @@ def test_the_run_is_planned_until_its_first_step_and_then_stays_what_it_is(folde
         assert split.trunk.run.settings.optimizer.name == "sgd"
         plan_run(split.trunk, OptimizerSettings("sgd", learning_rate=0.1), accumulation=4)
         assert split.trunk.run.accumulation == 4
+        plan_run(split.trunk, ADAMW)
+        assert not split.trunk.is_training, "nobody has trained it yet: it opens anew"
+        loss_of(split, 1).backward()
+        split.trunk.step()
         with pytest.raises(SettingError, match="sgd"):
-            plan_run(split.trunk, ADAMW)
+            plan_run(split.trunk, OptimizerSettings("sgd", learning_rate=0.1))

@@ -24,9 +24,17 @@ from splitlearn.vocabulary import (
     Timings,
     Versions,
 )
+from splitlearn.wire.adapters import adapter_from_parts, adapter_to_parts
 from splitlearn.wire.frames import DTYPE_IDS, FrameFormat, encode_frame
 from splitlearn.wire.generated import splitlearn_pb2 as pb
-from splitlearn.wire.messages import AnswerMessage, OpenRun, OptimizerStep, RunFacts, RunStepMessage
+from splitlearn.wire.messages import (
+    AdapterMessage,
+    AnswerMessage,
+    OpenRun,
+    OptimizerStep,
+    RunFacts,
+    RunStepMessage,
+)
 from splitlearn.wire.runs import (
     MAX_ACCUMULATION,
     MAX_TARGETS,
@@ -403,3 +411,20 @@ def test_a_gradient_comes_back_as_one_and_an_activation_is_not_taken_for_it():
     proto.key.phase = Phase.BACKWARD.value
     with pytest.raises(FrameError, match="gradient"):
         answer_from_proto(proto, (2, 3, HIDDEN))
+
+
+def test_a_weight_larger_than_a_part_goes_as_its_rows():
+    weights = {"a.lora_A.weight": torch.randn(64, 100), "b.lora_magnitude_vector": torch.randn(9)}
+    parts = list(adapter_to_parts(AdapterMessage("poet", 3, weights=weights), b"c" * 16, 4000))
+    assert max(part.ByteSize() for part in parts) < 8000
+    found = adapter_from_parts(parts, 1 << 20).weights
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+
+
+def test_rows_that_do_not_fit_each_other_are_refused():
+    weights = {"a": torch.randn(8, 10), "b": torch.randn(8, 11)}
+    [part] = adapter_to_parts(AdapterMessage("poet", weights=weights), b"c" * 16, 1 << 20)
+    part.weights[1].name = "a"
+    with pytest.raises(FrameError, match="do not fit"):
+        adapter_from_parts([part], 1 << 20)

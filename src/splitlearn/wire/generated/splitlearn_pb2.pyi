@@ -77,6 +77,7 @@ class ErrorCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     RUN_LOST: _ClassVar[ErrorCode]
     TAPE_EXPIRED: _ClassVar[ErrorCode]
     STALE_GRADIENT: _ClassVar[ErrorCode]
+    CHECKPOINT: _ClassVar[ErrorCode]
 DTYPE_UNSPECIFIED: DType
 FLOAT32: DType
 BFLOAT16: DType
@@ -130,6 +131,7 @@ TRUNK_FAILED: ErrorCode
 RUN_LOST: ErrorCode
 TAPE_EXPIRED: ErrorCode
 STALE_GRADIENT: ErrorCode
+CHECKPOINT: ErrorCode
 
 class CodecParameters(_message.Message):
     __slots__ = ("group_size", "bits", "ratio", "scales")
