@@ -97,8 +97,6 @@ class FineTuning:
         )
         self._model.save_adapter(self._settings.output / ADAPTER)
         self._write(done)
-        # Its checkpoints stay: the server's memory is for runs that are trained.
-        self._model.trunk.close_run()
         return done
 
     def _begin(self) -> FineTuned:

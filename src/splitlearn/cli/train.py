@@ -90,6 +90,8 @@ def train(
             tuning.require_new_run()
             write_config(context, settings.output / ASKED, leave_out={"config", "resume"})
         done = tuning.run()
+        # Its checkpoints stay: the server's memory is for runs that are trained.
+        client.trunk.close_run()
     if done.held_out_loss_before is not None and done.held_out_loss_after is not None:
         print(f"held-out loss {done.held_out_loss_before:.4f} -> {done.held_out_loss_after:.4f}")
     print(f"{settings.output / ADAPTER}: the adapter after {done.steps} steps of run {done.run}")
