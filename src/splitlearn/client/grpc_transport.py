@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import grpc
@@ -56,12 +57,8 @@ def describe(address: str, timeout_s: float) -> TrunkFacts:
     Raises:
         TrunkUnreachable, NotATrunk: nobody answers there, or somebody else does.
     """
-    with _channel(address, ClientConfig()) as channel:
-        try:
-            reply = rpc.TrunkStub(channel).Describe(pb.DescribeRequest(), timeout=timeout_s)
-        except grpc.RpcError as error:
-            raise error_of(error, address) from None
-    return facts_from_proto(reply)
+    with _calling(address, ClientConfig()) as trunk:
+        return facts_from_proto(trunk.Describe(pb.DescribeRequest(), timeout=timeout_s))
 
 
 def list_runs(address: str, timeout_s: float) -> list[RunFacts]:
@@ -71,12 +68,8 @@ def list_runs(address: str, timeout_s: float) -> list[RunFacts]:
         TrunkUnreachable, NotATrunk: nobody answers there, or somebody else does.
     """
     request = pb.ListRunsRequest(client=secrets.token_bytes(CLIENT_ID_BYTES))
-    with _channel(address, ClientConfig()) as channel:
-        try:
-            reply = rpc.TrunkStub(channel).ListRuns(request, timeout=timeout_s)
-        except grpc.RpcError as error:
-            raise error_of(error, address) from None
-    return [run_facts_from_proto(run) for run in reply.runs]
+    with _calling(address, ClientConfig()) as trunk:
+        return [run_facts_from_proto(run) for run in trunk.ListRuns(request, timeout=timeout_s).runs]
 
 
 def delete_run(address: str, name: str, timeout_s: float) -> int:
@@ -86,12 +79,8 @@ def delete_run(address: str, name: str, timeout_s: float) -> int:
         RunLost: there is none of this name; TrunkUnreachable, NotATrunk: as `list_runs`.
     """
     request = pb.RunRequest(name=name, client=secrets.token_bytes(CLIENT_ID_BYTES))
-    with _channel(address, ClientConfig()) as channel:
-        try:
-            freed_bytes: int = rpc.TrunkStub(channel).DeleteRun(request, timeout=timeout_s).freed_bytes
-        except grpc.RpcError as error:
-            raise error_of(error, address) from None
-    return freed_bytes
+    with _calling(address, ClientConfig()) as trunk:
+        return int(trunk.DeleteRun(request, timeout=timeout_s).freed_bytes)
 
 
 class GrpcTransport:
@@ -170,12 +159,9 @@ class GrpcTransport:
 
     def download_adapter(self, name: str) -> AdapterMessage:
         request = pb.AdapterRequest(name=name, client=self._client)
-        with _channel(self.address, self._config) as channel:
-            try:
-                parts = rpc.TrunkStub(channel).DownloadAdapter(request, timeout=self._config.train_s)
-                return adapter_from_parts(parts, self._config.limits.max_message_bytes)
-            except grpc.RpcError as error:
-                raise error_of(error, self.address) from None
+        with _calling(self.address, self._config) as trunk:
+            parts = trunk.DownloadAdapter(request, timeout=self._config.train_s)
+            return adapter_from_parts(parts, self._config.limits.max_message_bytes)
 
     def load_adapter(self, adapter: AdapterMessage) -> None:
         self._call("LoadAdapter", adapter_to_parts(adapter, self._client, self._config.limits.chunk_bytes))
@@ -245,11 +231,8 @@ class GrpcTransport:
 
     def _call(self, name: str, request: Any) -> Any:
         """A unary call, on a connection of its own: they are rare."""
-        with _channel(self.address, self._config) as channel:
-            try:
-                return getattr(rpc.TrunkStub(channel), name)(request, timeout=self._config.train_s)
-            except grpc.RpcError as error:
-                raise error_of(error, self.address) from None
+        with _calling(self.address, self._config) as trunk:
+            return getattr(trunk, name)(request, timeout=self._config.train_s)
 
     @property
     def _format(self) -> FrameFormat:
@@ -301,6 +284,16 @@ def _unless_corrupt(ask: Callable[[], Answered]) -> Answered:
             if not attempts_left:
                 raise
     raise AssertionError("the last attempt returns or raises")
+
+
+@contextmanager
+def _calling(address: str, config: ClientConfig) -> Iterator[Any]:
+    """The trunk's calls, on a connection of their own; an error of gRPC becomes the server's, or ours."""
+    with _channel(address, config) as channel:
+        try:
+            yield rpc.TrunkStub(channel)
+        except grpc.RpcError as error:
+            raise error_of(error, address) from None
 
 
 def _channel(address: str, config: ClientConfig) -> grpc.Channel:

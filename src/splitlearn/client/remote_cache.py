@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ class InertLayer(RemoteCacheLayer):
 
 
 def session_of(
-    cache: Cache, trunk: range, transport: Transport, opening: OpenSession | None = None
+    cache: Cache, trunk: range, transport: Transport, opening: Callable[[], OpenSession] = OpenSession
 ) -> ClientSession:
     """The session in this cache, put there at the cache's first use and opened as `opening` says.
 
@@ -123,7 +124,7 @@ def session_of(
                 )
             return layer.session
         _require_unused(layer)
-    remote = RemoteCacheLayer(transport, opening or OpenSession())
+    remote = RemoteCacheLayer(transport, opening())
     cache.layers[trunk.start : trunk.stop] = [remote, *(InertLayer(remote) for _ in trunk[1:])]
     return remote.session
 

@@ -217,7 +217,7 @@ class RemoteTrunk(nn.Module):
         if call.cache is None:
             answer = self._lone_step(sent_BTD, call)
         else:
-            session = session_of(call.cache, self.layers, self.transport, self._opening())
+            session = session_of(call.cache, self.layers, self.transport, self._opening)
             _require_in_step(call.cache, self.layers, session.length + sent_BTD.shape[1])
             positions_BT = _positions_to_send(call, sent_BTD, session.length)
             answer = session.step(sent_BTD, call.mask_BL, positions_BT, self._deadline_s(sent_BTD))

@@ -69,9 +69,7 @@ class Run:
         """A newer incarnation takes over: what the older one half accumulated is discarded."""
         self.client, self.used_at = client, time.monotonic()
         self.incarnation += 1
-        self._forget_gradients()
-        self._answers.clear()
-        self._last_step = None
+        self._forget_work()
 
     def snapshot(self) -> RunSnapshot:
         """Copies of all that the run is, to be written elsewhere."""
@@ -110,9 +108,7 @@ class Run:
             self.optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
         self.step, self.skipped = snapshot.step, snapshot.skipped
         self.current = self._published(snapshot.version)
-        self._forget_gradients()
-        self._answers.clear()
-        self._last_step = None
+        self._forget_work()
 
     def _optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
         for name, master in self.masters.items():
@@ -168,8 +164,7 @@ class Run:
             self.current = self._published(self.version + 1, room)
         self.skipped += asked.skip
         self.step += 1
-        self._forget_gradients()
-        self._answers.clear()
+        self._forget_work()
 
     def kept_answer(self, microbatch: Microbatch) -> AnswerMessage | None:
         """The answer to a backward that was done already."""
@@ -230,8 +225,11 @@ class Run:
         }
         return AdapterVersion(self.name, self.slot, number, weights)
 
-    def _forget_gradients(self) -> None:
+    def _forget_work(self) -> None:
+        """What was accumulated, and the answers to it."""
         self._gradients = [None] * len(self._gradients)
+        self._answers.clear()
+        self._last_step = None
 
 
 def _sum(held: Tensor | None, gradient: Tensor | None, loss_scale: float) -> Tensor | None:

@@ -106,10 +106,9 @@ class RunTable:
             RunLost: it is not here, or somebody has joined it since.
         """
         run = self._by_number.get(key.run)
-        if run is not None:
-            run.used_at = time.monotonic()
         if run is None:
             raise RunLost("the run is not held here (it was closed, or the server restarted): join it again")
+        run.used_at = time.monotonic()
         if run.incarnation != key.incarnation:
             raise RunLost(
                 f"run {run.name} was joined again as incarnation {run.incarnation}: what incarnation "
