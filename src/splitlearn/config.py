@@ -126,8 +126,10 @@ class WireLimits(Settings):
 
     max_message_bytes: PositiveInt = 512 * MIB
     """Largest step or answer, over all its chunks."""
-    chunk_bytes: PositiveInt = 2 * MIB
+    chunk_bytes: PositiveInt = MIB
     """A larger message is sent in pieces of this size."""
+    lanes: Annotated[int, Field(ge=1, le=16)] = 4
+    """Connections that one stream spreads its large messages over; 1 for all on one."""
     max_rows: PositiveInt = 1024
     """Rows of one step."""
     max_tokens: PositiveInt = 1 << 20
@@ -165,8 +167,8 @@ class ServerConfig(Settings):
     """How long a stopping server lets running steps, and the texts that are being written, finish."""
     checksum: bool = True
     """Check every tensor with xxh3; unnecessary under TLS, which checks by itself."""
-    max_streams: PositiveInt = 256
-    """Streams that may be open at once; a client has up to two."""
+    max_streams: PositiveInt = 1024
+    """Streams that may be open at once; a client has up to two, and three further lanes for large tensors."""
     max_unanswered: PositiveInt = 64
     """Steps of one stream that may wait for their answers; further ones are not read meanwhile."""
     batching: BatchingConfig = BatchingConfig()

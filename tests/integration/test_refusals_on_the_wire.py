@@ -18,7 +18,9 @@ from splitlearn.config import WireLimits
 from splitlearn.testing.pair import Pair, lively_model, served_pair
 from splitlearn.testing.parity import read_in_pieces
 from splitlearn.vocabulary import Precision, Role, StepKey
-from splitlearn.wire.chunks import ChunkAssembly, chunks_of
+from splitlearn.wire.assembly import ChunkAssembly
+from splitlearn.wire.checksum import checksum_of
+from splitlearn.wire.chunks import Pieces
 from splitlearn.wire.frames import FrameFormat, encode_frame
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.generated import splitlearn_pb2_grpc as rpc
@@ -39,10 +41,16 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         yield pair
 
 
+def pieces_of(message: pb.ClientMessage, chunk_bytes: int) -> list[pb.ClientMessage]:
+    whole, none = message.SerializeToString(), memoryview(b"")
+    pieces = Pieces(pb.ClientMessage, 9, whole, none, chunk_bytes, checksum=True)
+    return [pb.ClientMessage.FromString(piece) for piece in pieces]
+
+
 class Wire:
     """A client that sends whatever it is told to."""
 
-    def __init__(self, address: str, client: bytes | None = None) -> None:
+    def __init__(self, address: str, client: bytes | None = None, lane_of: bytes = b"") -> None:
         self.client = client or secrets.token_bytes(16)
         self._channel = grpc.insecure_channel(address)
         stub = rpc.TrunkStub(self._channel)
@@ -52,7 +60,8 @@ class Wire:
         self._call = stub.Steps(iter(self._outgoing.get, None))
         Thread(target=self._read, daemon=True).start()
         greeting = hello(identity_from_proto(fingerprint), self.client, Precision(), checksum=True)
-        assert self.ask(pb.ClientMessage(hello=greeting)).HasField("welcome")
+        greeting.lane_of = lane_of
+        self.first = self.ask(pb.ClientMessage(hello=greeting))
 
     def _read(self) -> None:
         try:
@@ -79,8 +88,7 @@ class Wire:
         message = pb.ClientMessage(step=step)
         if message.ByteSize() <= LIMITS.chunk_bytes:
             return self.ask(message).answer
-        pieces = chunks_of(1, message.SerializeToString(), LIMITS.chunk_bytes)
-        return self.ask(*(pb.ClientMessage(chunk=piece) for piece in pieces)).answer
+        return self.ask(*pieces_of(message, LIMITS.chunk_bytes)).answer
 
     def close(self) -> None:
         self._outgoing.put(None)
@@ -307,30 +315,31 @@ def test_after_all_this_an_honest_text_is_the_whole_models(pair: Pair, wire: Wir
 
 # ---------------------------------------------------------------- streams
 
-WHOLE = pb.ClientMessage(step=opening(tokens=90)).SerializeToString()
+
+def piece(data: bytes, total_bytes: int = 0, offset: int = 0) -> pb.ClientMessage:
+    return pb.ClientMessage(
+        chunk=pb.Chunk(
+            number=1,
+            data=data,
+            total_bytes=total_bytes or len(data),
+            offset=offset,
+            checksum=checksum_of(data),
+        )
+    )
+
+
 STREAMS: dict[str, list[pb.ClientMessage]] = {
     "a second greeting": [pb.ClientMessage(hello=pb.Hello(protocol=1))],
     "an empty message": [pb.ClientMessage()],
-    "a piece of an empty message": [pb.ClientMessage(chunk=pb.Chunk(number=1, data=b"x", last=True))],
+    "a piece of an empty message": [pb.ClientMessage(chunk=pb.Chunk(number=1, data=b"x"))],
     "a piece of a huge message": [pb.ClientMessage(chunk=pb.Chunk(number=1, data=b"x", total_bytes=1 << 60))],
     "an empty piece": [pb.ClientMessage(chunk=pb.Chunk(number=1, total_bytes=10))],
-    "more pieces than were announced": [
-        pb.ClientMessage(chunk=pb.Chunk(number=1, data=b"xx", total_bytes=1))
-    ],
-    "pieces of two messages": [
-        pb.ClientMessage(chunk=pb.Chunk(number=1, data=b"x", total_bytes=10)),
-        pb.ClientMessage(chunk=pb.Chunk(number=2, data=b"x", total_bytes=10)),
-    ],
-    "pieces that end early": [
-        pb.ClientMessage(chunk=pb.Chunk(number=1, data=WHOLE[:99], total_bytes=len(WHOLE), last=True))
-    ],
-    "pieces that form no message": [
-        pb.ClientMessage(chunk=pb.Chunk(number=1, data=b"\xff" * 20, total_bytes=20, last=True))
-    ],
-    "pieces that form pieces": [
-        pb.ClientMessage(chunk=pb.Chunk(number=1, data=inner, total_bytes=len(inner), last=True))
-        for inner in [pb.ClientMessage(chunk=pb.Chunk(number=1, data=b"x")).SerializeToString()]
-    ],
+    "a piece longer than was announced": [piece(b"xx", total_bytes=1)],
+    "a piece beyond the end": [piece(b"x", total_bytes=10, offset=10)],
+    "pieces that overlap": [piece(b"x" * 8, total_bytes=10), piece(b"xx", total_bytes=10, offset=5)],
+    "pieces that disagree on their message": [piece(b"x", total_bytes=10), piece(b"x", total_bytes=11)],
+    "pieces that form no message": [piece(b"\xff" * 20)],
+    "pieces that form pieces": [piece(piece(b"x").SerializeToString())],
     "a fork into nothing": [pb.ClientMessage(fork=pb.ForkSession(session=1))],
     "a fork into itself": [pb.ClientMessage(fork=pb.ForkSession(session=1, into=1))],
 }
@@ -420,9 +429,60 @@ def test_a_step_out_of_order_is_told_which_one_comes_next(wire: Wire) -> None:
 def test_a_step_in_pieces_is_the_step_in_one(pair: Pair, wire: Wire) -> None:
     """Control for the pieces that are refused above: those that fit together are taken."""
     in_one = wire.step(opening(session=5))
-    data = pb.ClientMessage(step=opening(session=6)).SerializeToString()
-    in_pieces = wire.ask(*(pb.ClientMessage(chunk=piece) for piece in chunks_of(9, data, 50))).answer
+    in_pieces = wire.ask(*pieces_of(pb.ClientMessage(step=opening(session=6)), 50)).answer
     assert in_pieces.activation.data == in_one.activation.data != b""
+
+
+# ---------------------------------------------------------------- lanes
+
+
+def test_pieces_over_two_connections_in_any_order_are_the_step_in_one(pair: Pair, wire: Wire) -> None:
+    in_one = wire.step(opening(session=5))
+    lane = Wire(pair.server.address, wire.client, lane_of=wire.first.welcome.ticket)
+    pieces = pieces_of(pb.ClientMessage(step=opening(session=6)), 50)
+    for each in pieces[1::2]:
+        lane._outgoing.put(each)
+    answer = wire.ask(*pieces[0::2]).answer
+    assert answer.activation.data == in_one.activation.data != b""
+    lane.close()
+
+
+@pytest.mark.parametrize("theirs", ["an unknown ticket", "another client's ticket"])
+def test_a_lane_is_refused_with(pair: Pair, wire: Wire, theirs: str) -> None:
+    other = Wire(pair.server.address)
+    ticket = other.first.welcome.ticket if theirs == "another client's ticket" else secrets.token_bytes(16)
+    assert ticket != wire.first.welcome.ticket
+    lane = Wire(pair.server.address, wire.client, lane_of=ticket)
+    assert isinstance(lane.first, grpc.RpcError)
+    assert not other.step(opening()).HasField("error")
+    for each in (lane, other):
+        each.close()
+
+
+def test_a_stream_has_no_more_lanes_than_the_server_allows(pair: Pair, wire: Wire) -> None:
+    ticket = wire.first.welcome.ticket
+    lanes = [Wire(pair.server.address, wire.client, lane_of=ticket) for _ in range(LIMITS.lanes)]
+    *allowed, one_too_many = lanes
+    assert all(lane.first.HasField("welcome") for lane in allowed)
+    assert isinstance(one_too_many.first, grpc.RpcError)
+    for lane in lanes:
+        lane.close()
+
+
+def test_a_lane_carries_pieces_only(wire: Wire, pair: Pair) -> None:
+    lane = Wire(pair.server.address, wire.client, lane_of=wire.first.welcome.ticket)
+    lane._outgoing.put(pb.ClientMessage(step=opening()))
+    assert wire._incoming.get(timeout=DEADLINE_S).error.code == pb.MESSAGE
+
+
+def test_a_lane_that_breaks_ends_its_stream_and_nobody_elses(pair: Pair, wire: Wire) -> None:
+    """What it carried is lost: whoever waits for it must learn so."""
+    honest = Wire(pair.server.address)
+    lane = Wire(pair.server.address, wire.client, lane_of=wire.first.welcome.ticket)
+    lane._call.cancel()
+    assert wire._incoming.get(timeout=DEADLINE_S).error.code == pb.CORRUPT_FRAME
+    assert not honest.step(opening()).HasField("error")
+    honest.close()
 
 
 def test_an_answer_larger_than_a_piece_comes_in_pieces(wire: Wire) -> None:

@@ -252,8 +252,7 @@ class GrpcTransport:
 
     def _connect(self) -> StepStream:
         config = self._config
-        channel = _channel(self.address, config)
-        stream = StepStream(channel, self.address, config.limits, self.traffic)
+        stream = StepStream(lambda: _channel(self.address, config), self.address, config.limits, self.traffic)
         try:
             stream.keep_to(self._greet(stream))
         except BaseException:

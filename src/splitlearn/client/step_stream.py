@@ -1,66 +1,73 @@
-"""One bidirectional stream: requests out in order, answers matched to who waits for them."""
+"""One stream to the trunk: requests out in order, answers matched to who waits for them.
+
+What is large goes over several connections side by side, its lanes, made when the first such message leaves.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from itertools import count
-from queue import SimpleQueue
 from typing import Any
 
 import grpc
+import structlog
 from torch import Tensor
 
-from splitlearn.client.grpc_errors import error_of
+from splitlearn.client.lane import Incoming, Lane, Outgoing
 from splitlearn.client.transport import Traffic
 from splitlearn.config import WireLimits
-from splitlearn.errors import MessageError, SplitLearnError, StepTimeout, TrunkUnreachable
+from splitlearn.errors import CorruptFrame, MessageError, SplitLearnError, StepTimeout, TrunkUnreachable
 from splitlearn.vocabulary import StepKey
-from splitlearn.wire.chunks import (
-    ChunkAssembly,
-    Piece,
-    deserialize_server,
-    parse,
-    pieces_with_payload,
-    serialize,
-)
+from splitlearn.wire.assembly import CORRUPT, ChunkAssembly, Whole, parse
+from splitlearn.wire.chunks import Piece, Pieces
 from splitlearn.wire.generated import splitlearn_pb2 as pb
-from splitlearn.wire.handshake import Agreement
+from splitlearn.wire.handshake import Agreement, joining
 from splitlearn.wire.status import error_from_proto
 from splitlearn.wire.steps import key_from_proto
 
-WELCOME = "welcome"
 CLOSE_S = 2.0
-STEPS = f"/{pb.DESCRIPTOR.services_by_name['Trunk'].full_name}/Steps"
+LANES_FROM_BYTES = 4 << 20
+"""What a message must weigh to be worth more than one connection."""
+log = structlog.get_logger("splitlearn.client")
 
 
 class StepStream:
-    """Any thread may ask; one thread reads. A stream that broke answers everybody with the reason."""
+    """Any thread may ask; a stream of which one connection broke answers everybody with the reason.
 
-    def __init__(self, channel: grpc.Channel, address: str, limits: WireLimits, traffic: Traffic) -> None:
+    Args:
+        open_channel: a connection to the trunk, not shared with others.
+        address: for errors.
+        limits: what this side sends and takes.
+        traffic: where bytes are counted.
+    """
+
+    def __init__(
+        self, open_channel: Callable[[], grpc.Channel], address: str, limits: WireLimits, traffic: Traffic
+    ) -> None:
+        self._open_channel = open_channel
         self._address = address
-        self._channel = channel
-        self._chunk_bytes = limits.chunk_bytes
-        self._max_bytes = limits.max_message_bytes
+        self._limits = limits
         self._traffic = traffic
-        self._outgoing: SimpleQueue[pb.ClientMessage | Iterable[bytes] | None] = SimpleQueue()
         self._lock = threading.Lock()
-        self._waiting: dict[StepKey | int | str, Future[Any]] = {}
+        self._waiting: dict[StepKey | int, Future[Any]] = {}
         self._broken: SplitLearnError | None = None
-        self._is_welcome = False
         self._agreement: Agreement | None = None
         self._numbers = count(1)
-        self._call: Any = channel.stream_stream(
-            STEPS, request_serializer=serialize, response_deserializer=deserialize_server
-        )(self._requests())
-        self._reader = threading.Thread(target=self._read, name="splitlearn answers", daemon=True)
-        self._reader.start()
+        self._hello = pb.Hello()
+        self._greet_s = 0.0
+        self._widening = threading.Lock()
+        self._is_wide = False
+        self._lanes = [self._new_lane()]
 
     def greet(self, hello: pb.Hello, timeout_s: float) -> pb.Welcome:
-        """The server's welcome; raises what it refuses with, or TrunkUnreachable."""
-        welcome: pb.Welcome = self._ask(WELCOME, pb.ClientMessage(hello=hello), timeout_s)
-        return welcome
+        """The server's welcome; raises what it refuses with, or StepTimeout, TrunkUnreachable."""
+        self._hello, self._greet_s = hello, timeout_s
+        try:
+            return self._lanes[0].greet(hello, timeout_s)
+        except TimeoutError:
+            raise StepTimeout(f"{self._address} did not answer within {timeout_s:g} s") from None
 
     @property
     def agreement(self) -> Agreement:
@@ -70,9 +77,16 @@ class StepStream:
 
     def keep_to(self, agreed: Agreement) -> None:
         """Send no larger messages, and no larger pieces of them, than the server said it takes."""
+        limits = self._limits
         self._agreement = agreed
-        self._chunk_bytes = min(self._chunk_bytes, agreed.chunk_bytes)
-        self._max_bytes = min(self._max_bytes, agreed.max_message_bytes)
+        self._limits = limits.model_copy(
+            update={
+                "chunk_bytes": min(limits.chunk_bytes, agreed.chunk_bytes),
+                "max_message_bytes": min(limits.max_message_bytes, agreed.max_message_bytes),
+                "lanes": min(limits.lanes, agreed.lanes),
+            }
+        )
+        self._assembly = ChunkAssembly(limits.max_message_bytes, checksum=agreed.checksum)
 
     def step(
         self, key: StepKey, step: pb.Step, timeout_s: float, payload: memoryview | None = None
@@ -90,38 +104,42 @@ class StepStream:
     def tell(self, message: pb.ClientMessage) -> None:
         """Send without waiting for anything; on a stream that broke there is nobody to tell."""
         if not self.is_broken:
-            self._outgoing.put(message)
+            self._lanes[0].send(message)
 
     def close(self, *, wait: bool) -> None:
         """End the stream; with `wait` once the server has read what was told."""
-        self._outgoing.put(None)
-        # A finalizer may run on any thread, this stream's own reader among them.
-        if wait and threading.current_thread() is not self._reader:
-            self._reader.join(CLOSE_S)
+        for lane in tuple(self._lanes):
+            lane.finish()
+        if wait:
+            self._lanes[0].join(CLOSE_S)
         self._break(TrunkUnreachable(f"the connection to {self._address} was closed here"))
 
     def cancel(self) -> None:
         """End the stream at once, whatever is on its way."""
-        self._call.cancel()
+        for lane in tuple(self._lanes):
+            lane.cancel()
 
     @property
     def is_broken(self) -> bool:
         return self._broken is not None
 
+    # ---------------------------------------------------------------- out
+
     def _ask(
         self,
-        name: StepKey | int | str,
+        name: StepKey | int,
         message: pb.ClientMessage,
         timeout_s: float,
         payload: memoryview | None = None,
     ) -> Any:
         future: Future[Any] = Future()
-        sent = self._in_pieces(message, payload)
+        outgoing = self._outgoing(message, payload)
         with self._lock:
             if self._broken is not None:
                 raise self._broken.again()
             self._waiting[name] = future
-            self._outgoing.put(sent)
+            for lane in self._lanes if isinstance(outgoing, Pieces) else self._lanes[:1]:
+                lane.send(outgoing)
         try:
             return future.result(timeout_s)
         except TimeoutError:
@@ -133,74 +151,67 @@ class StepStream:
             with self._lock:
                 self._waiting.pop(name, None)
 
-    def _in_pieces(
-        self, message: pb.ClientMessage, payload: memoryview | None
-    ) -> pb.ClientMessage | Iterable[bytes]:
+    def _outgoing(self, message: pb.ClientMessage, payload: memoryview | None) -> Outgoing:
+        """The message as it is, or in pieces where it is large."""
         behind = 0 if payload is None else len(payload)
         size = message.ByteSize() + behind
-        if size > self._max_bytes:
+        if size > self._limits.max_message_bytes:
             raise MessageError(
-                f"a message of {size:,} bytes, {self._address} takes {self._max_bytes:,}: "
+                f"a message of {size:,} bytes, {self._address} takes {self._limits.max_message_bytes:,}: "
                 "use fewer rows, a shorter text, or codec='half'"
             )
         self._traffic.count(_tensor_bytes(message) + behind, size)
-        if size <= self._chunk_bytes and payload is None:
+        if size <= self._limits.chunk_bytes and payload is None:
             return message
-        return pieces_with_payload(
+        if size >= LANES_FROM_BYTES:
+            self._widen()
+        return Pieces(
             pb.ClientMessage,
             next(self._numbers),
             message.SerializeToString(),
             payload or memoryview(b""),
-            self._chunk_bytes,
+            self._limits.chunk_bytes,
+            checksum=self.agreement.checksum,
         )
 
-    def _requests(self) -> Iterator[pb.ClientMessage | bytes]:
-        """On gRPC's sending thread: pieces are made as they leave, not all at once."""
-        while (outgoing := self._outgoing.get()) is not None:
-            if isinstance(outgoing, pb.ClientMessage):
-                yield outgoing
-            else:
-                yield from outgoing
+    def _widen(self) -> None:
+        """Open the stream's further lanes, once; with fewer than agreed it goes on just the same."""
+        with self._widening:
+            if self._is_wide:
+                return
+            self._is_wide = True
+            hello = joining(self._hello, self.agreement.ticket)
+            try:
+                for _ in range(1, self._limits.lanes):
+                    lane = self._new_lane()
+                    lane.greet(hello, self._greet_s)
+                    with self._lock:
+                        self._lanes.append(lane)
+            except (SplitLearnError, TimeoutError) as error:
+                log.warning("fewer connections for large tensors", lanes=len(self._lanes), reason=str(error))
 
-    def _read(self) -> None:
-        assembly = ChunkAssembly(self._max_bytes)
-        try:
-            for message in self._call:
-                self._take(message, assembly)
-            self._break(
-                TrunkUnreachable(f"{self._address} ended the connection: is the server still running?")
-            )
-        except grpc.RpcError as error:
-            self._break(error_of(error, self._address, connected=self._is_welcome))
-        except SplitLearnError as error:
-            self._break(error)
-        except Exception as error:
-            self._break(MessageError(f"{self._address} sent what cannot be read ({error}): try again"))
-        finally:
-            # So that gRPC's own sending thread ends, too.
-            self._outgoing.put(None)
-            self._call.cancel()
-            self._channel.close()
+    def _new_lane(self) -> Lane:
+        return Lane(self._open_channel(), self._address, self._take, self._lane_ended)
 
-    def _take(self, message: pb.ServerMessage | Piece, assembly: ChunkAssembly) -> None:
+    # ---------------------------------------------------------------- in
+
+    def _take(self, message: Incoming) -> None:
         if isinstance(message, Piece) or message.WhichOneof("content") == "chunk":
             piece = message if isinstance(message, Piece) else message.chunk
-            if (whole := assembly.add(piece)) is not None:
-                self._take_whole(parse(pb.ServerMessage, whole.message), whole.payload)
+            if (whole := self._assembly.add(piece)) is not None:
+                self._take_whole(parse(pb.ServerMessage, whole.message), whole)
         else:
-            self._take_whole(message, None)
+            self._take_whole(message, Whole(b"", None))
 
-    def _take_whole(self, message: pb.ServerMessage, payload: Tensor | None) -> None:
+    def _take_whole(self, message: pb.ServerMessage, whole: Whole) -> None:
         match message.WhichOneof("content"):
             case "answer":
-                behind = 0 if payload is None else payload.numel()
+                behind = 0 if whole.payload is None else whole.payload.numel()
                 self._traffic.count(
                     _tensor_bytes(message) + behind, message.ByteSize() + behind, received=True
                 )
-                self._give(key_from_proto(message.answer.key), (message.answer, payload))
-            case "welcome":
-                self._is_welcome = True
-                self._give(WELCOME, message.welcome)
+                answer = (message.answer, whole.payload) if whole.is_intact else CorruptFrame(CORRUPT)
+                self._give(key_from_proto(message.answer.key), answer)
             case "forked":
                 self._give(message.forked.session, message.forked)
             case "error":
@@ -208,12 +219,22 @@ class StepStream:
             case other:
                 raise MessageError(f"a server's message of kind {other} is not in the protocol")
 
-    def _give(self, name: StepKey | int | str, value: Any) -> None:
+    def _give(self, name: StepKey | int, value: Any) -> None:
         with self._lock:
             future = self._waiting.pop(name, None)
         # Nobody waits any more where a deadline passed before the answer came.
-        if future is not None:
+        if future is None:
+            return
+        if isinstance(value, SplitLearnError):
+            future.set_exception(value)
+        else:
             future.set_result(value)
+
+    def _lane_ended(self, lane: Lane, error: SplitLearnError) -> None:
+        """What it carried is lost, and nobody knows of which messages: the whole stream ends."""
+        if lane in self._lanes:
+            self._break(error)
+            self.cancel()
 
     def _break(self, error: SplitLearnError) -> None:
         with self._lock:

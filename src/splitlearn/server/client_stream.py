@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import count
@@ -15,12 +16,14 @@ from torch import Tensor
 from splitlearn.config import ServerConfig
 from splitlearn.engine.checkpoint import RunStore
 from splitlearn.engine.engine import Engine
-from splitlearn.errors import MessageError, SplitLearnError, TrunkFailed
+from splitlearn.errors import CorruptFrame, MessageError, SplitLearnError, TrunkFailed
 from splitlearn.server.admission import Admission
 from splitlearn.server.egress import Egress
 from splitlearn.server.facts import facts_of
+from splitlearn.server.lanes import Lane
 from splitlearn.vocabulary import CodecId
-from splitlearn.wire.chunks import ChunkAssembly, Piece, parse, pieces_with_payload
+from splitlearn.wire.assembly import CORRUPT, ChunkAssembly, Whole, parse
+from splitlearn.wire.chunks import Piece, Pieces
 from splitlearn.wire.frames import FrameFormat
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.handshake import ModelIdentity, welcome
@@ -36,9 +39,10 @@ from splitlearn.wire.steps import (
 
 log = structlog.get_logger("splitlearn.server")
 HELLO_S = 10.0
+TICKET_BYTES = 16
 Decoded = StepMessage | RunStepMessage | SplitLearnError
 Requests = AsyncIterator[pb.ClientMessage | Piece]
-Pieces = Iterable[pb.ServerMessage | bytes]
+Outgoing = Pieces | list[pb.ServerMessage]
 QUICK_BYTES = 64 << 10
 
 
@@ -54,37 +58,57 @@ class Hall:
     runs: RunStore
     streams: set[ClientStream] = field(default_factory=set)
 
+    def lane(self, hello: pb.Hello) -> Lane:
+        """A further connection of the stream that its ticket names; raises MessageError where none is."""
+        tickets = {stream.ticket: stream for stream in self.streams}
+        return Lane(tickets.get(hello.lane_of), hello, self.config.limits.lanes)
+
+
+async def first_hello(requests: Requests) -> pb.Hello:
+    """Raises MessageError where a stream does not begin with one, or not soon enough."""
+    try:
+        first = await asyncio.wait_for(anext(requests), HELLO_S)
+    except (TimeoutError, StopAsyncIteration):
+        raise MessageError(f"a stream begins with a Hello within {HELLO_S:g} s") from None
+    if isinstance(first, Piece) or first.WhichOneof("content") != "hello":
+        raise MessageError("a stream begins with a Hello")
+    return first.hello
+
 
 class ClientStream:
-    """Lives as long as the stream; the sessions it opened outlive it until their lease runs out."""
+    """Lives as long as the stream; the sessions it opened outlive it until their lease runs out.
 
-    def __init__(self, hall: Hall) -> None:
+    Raises:
+        SplitLearnError: the handshake failed; there is no stream.
+    """
+
+    def __init__(self, hall: Hall, hello: pb.Hello) -> None:
         self._hall = hall
         self._limits = hall.config.limits
         self._loop = asyncio.get_running_loop()
-        self._outbox: asyncio.Queue[_Outgoing | None] = asyncio.Queue()
-        self._assembly = ChunkAssembly(self._limits.max_message_bytes)
+        self._outbox: asyncio.Queue[_Sent | None] = asyncio.Queue()
         self._numbers = count(1)
         self._room = asyncio.Semaphore(hall.config.max_unanswered)
-        self._checksum = True
         self._all_read = False
-        self.client = b""
+        self.ticket = secrets.token_bytes(TICKET_BYTES)
+        self._welcome = self._greet(hello)
+        self.client = hello.client
+        self._checksum = self._welcome.checksum == pb.XXH3_64
+        self._assembly = ChunkAssembly(self._limits.max_message_bytes, checksum=self._checksum)
+        self.lanes: set[Lane] = set()
+        """Further connections, over which large messages are spread."""
         self.owed = 0
         """Answers that the client waits for."""
         self.last_answer_at = time.monotonic()
 
     async def messages(self, requests: Requests) -> AsyncIterator[pb.ServerMessage | bytes]:
-        """What goes back to the client, from its welcome to its last answer.
-
-        Raises:
-            SplitLearnError: the handshake failed; there is no stream.
-        """
-        yield pb.ServerMessage(welcome=await self._greet(requests))
-        reader = asyncio.create_task(self._read(requests))
+        """What goes back to the client, from its welcome to its last answer."""
         self._hall.streams.add(self)
+        reader = asyncio.create_task(self._read(requests))
         try:
+            yield pb.ServerMessage(welcome=self._welcome)
             while (outgoing := await self._outbox.get()) is not None:
-                for message in outgoing.pieces:
+                for message in outgoing.content:
                     yield message
                 if outgoing.was_owed:
                     self._settle()
@@ -94,31 +118,25 @@ class ClientStream:
 
     def end(self, error: SplitLearnError) -> None:
         """Say why, and nothing more."""
-        self._outbox.put_nowait(_Outgoing([pb.ServerMessage(error=error_to_proto(error))], was_owed=False))
+        self._outbox.put_nowait(_Sent([pb.ServerMessage(error=error_to_proto(error))], was_owed=False))
         self._outbox.put_nowait(None)
 
-    async def _greet(self, requests: Requests) -> pb.Welcome:
-        try:
-            first = await asyncio.wait_for(anext(requests), HELLO_S)
-        except (TimeoutError, StopAsyncIteration):
-            raise MessageError(f"a stream begins with a Hello within {HELLO_S:g} s") from None
-        if isinstance(first, Piece) or first.WhichOneof("content") != "hello":
-            raise MessageError("a stream begins with a Hello")
+    def _greet(self, hello: pb.Hello) -> pb.Welcome:
         hall = self._hall
-        answer = welcome(
-            first.hello,
+        return welcome(
+            hello,
             hall.identity,
             facts_of(hall.engine, hall.identity),
             self._limits,
             checksum=hall.config.checksum,
             answer_window=hall.config.sessions.answer_window,
+            ticket=self.ticket,
         )
-        self.client = first.hello.client
-        self._checksum = answer.checksum == pb.XXH3_64
-        return answer
 
     def _leave(self) -> None:
         """Sessions of a client that has no connection left are kept for a short while only."""
+        for lane in self.lanes:
+            lane.end()
         streams = self._hall.streams
         streams.discard(self)
         if not any(other.client == self.client for other in streams):
@@ -137,14 +155,14 @@ class ClientStream:
 
     async def _take(self, message: pb.ClientMessage | Piece) -> None:
         if isinstance(message, Piece):
-            await self._take_chunk(message)
+            await self.take_piece(message)
             return
         match message.WhichOneof("content"):
             case "step":
                 await self._owe()
                 self._submit(message.step, self._decode(message.step))
             case "chunk":
-                await self._take_chunk(message.chunk)
+                await self.take_piece(message.chunk)
             case "fork":
                 await self._owe()
                 self._fork(message.fork)
@@ -153,23 +171,23 @@ class ClientStream:
             case other:
                 raise MessageError(f"a client's message of kind {other} has no place here")
 
-    async def _take_chunk(self, chunk: pb.Chunk | Piece) -> None:
-        """A large message is put together, parsed and decoded beside the loop that serves the others."""
-        if not chunk.last:
-            self._assembly.add(chunk)
+    async def take_piece(self, piece: pb.Chunk | Piece) -> None:
+        """A large message's last piece: it is parsed and decoded beside the loop that serves the others."""
+        if (whole := self._assembly.add(piece)) is None:
             return
         await self._owe()
-        message, decoded = await asyncio.to_thread(self._finish, chunk)
+        message, decoded = await asyncio.to_thread(self._finish, whole)
         if decoded is None:
             raise MessageError("only a step is large enough to come in pieces")
         self._submit(message.step, decoded)
 
-    def _finish(self, chunk: pb.Chunk | Piece) -> tuple[pb.ClientMessage, Decoded | None]:
-        whole = self._assembly.add(chunk)
-        assert whole is not None
+    def _finish(self, whole: Whole) -> tuple[pb.ClientMessage, Decoded | None]:
         message = parse(pb.ClientMessage, whole.message)
-        is_step = message.WhichOneof("content") == "step"
-        return message, self._decode(message.step, whole.payload) if is_step else None
+        if message.WhichOneof("content") != "step":
+            return message, None
+        if not whole.is_intact:
+            return message, CorruptFrame(CORRUPT)
+        return message, self._decode(message.step, whole.payload)
 
     def _decode(self, proto: pb.Step, payload: Tensor | None = None) -> Decoded:
         hidden_size = self._hall.engine.trunk.hidden_size
@@ -191,7 +209,7 @@ class ClientStream:
         """On the engine's thread: hand over at once."""
         answer = done.result()
 
-        def encode() -> Pieces:
+        def encode() -> Outgoing:
             into = format.apart_if_large()
             message = pb.ServerMessage(answer=_encoded(answer, into))
             return self._in_pieces(message, into.apart[0] if into.apart else None)
@@ -210,28 +228,32 @@ class ClientStream:
         else:
             future.add_done_callback(lambda done: self._hand_over([_forked(proto.into, done.exception())]))
 
-    def _in_pieces(self, message: pb.ServerMessage, payload: memoryview | None) -> Pieces:
+    def _in_pieces(self, message: pb.ServerMessage, payload: memoryview | None) -> Outgoing:
         """Made as they leave, not all at once."""
         if payload is None and message.ByteSize() <= self._limits.chunk_bytes:
             return [message]
-        return pieces_with_payload(
+        return Pieces(
             pb.ServerMessage,
             next(self._numbers),
             message.SerializeToString(),
             payload or memoryview(b""),
             self._limits.chunk_bytes,
+            checksum=self._checksum,
         )
 
-    def _hand_over(self, pieces: Pieces) -> None:
-        self._call(lambda: self._deliver(pieces))
+    def _hand_over(self, content: Outgoing) -> None:
+        self._call(lambda: self._deliver(content))
 
     def _call(self, work: Callable[[], None]) -> None:
         """On the event loop's thread, from any other."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(work)
 
-    def _deliver(self, pieces: Pieces) -> None:
-        self._outbox.put_nowait(_Outgoing(pieces, was_owed=True))
+    def _deliver(self, content: Outgoing) -> None:
+        self._outbox.put_nowait(_Sent(content, was_owed=True))
+        if isinstance(content, Pieces):
+            for lane in self.lanes:
+                lane.send(content)
 
     async def _owe(self) -> None:
         """Wait for room: a client that does not read its answers is not read either."""
@@ -250,8 +272,8 @@ class ClientStream:
 
 
 @dataclass(frozen=True, slots=True)
-class _Outgoing:
-    pieces: Pieces
+class _Sent:
+    content: Outgoing
     was_owed: bool
     """Whether an answer that the client waits for is complete with them."""
 
@@ -271,7 +293,7 @@ def _encoded(answer: AnswerMessage, format: FrameFormat) -> pb.Answer:
     return proto
 
 
-def _or_failed(encode: Callable[[], Pieces], key: pb.StepKey) -> Pieces:
+def _or_failed(encode: Callable[[], Outgoing], key: pb.StepKey) -> Outgoing:
     """An answer that cannot be encoded is an error that can: nobody waits for what never comes."""
     try:
         return encode()

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 
 from splitlearn.errors import NotServed, SplitLearnError
-from splitlearn.server.client_stream import ClientStream, Hall, Requests
+from splitlearn.server.client_stream import ClientStream, Hall, Requests, first_hello
 from splitlearn.server.facts import facts_of
 from splitlearn.server.refusal import Context, refuse
 from splitlearn.server.run_calls import RunCalls
@@ -34,7 +34,9 @@ class TrunkService(RunCalls, rpc.TrunkServicer):
     async def Steps(self, requests: Requests, context: Context) -> AsyncIterator[pb.ServerMessage | bytes]:
         try:
             with self._hall.admission.stream():
-                async for message in ClientStream(self._hall).messages(requests):
+                hello = await first_hello(requests)
+                stream = self._hall.lane(hello) if hello.lane_of else ClientStream(self._hall, hello)
+                async for message in stream.messages(requests):
                     yield message
         except SplitLearnError as error:
             await refuse(context, error)

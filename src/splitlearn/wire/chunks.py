@@ -1,7 +1,7 @@
-"""A message too large for one piece goes in several, and is put together under a size limit.
+"""A message too large for one piece goes in several, over one connection or side by side over more.
 
 A large tensor's bytes do not go through protobuf: the message travels without them, they follow it,
-and the first piece says how many they are. So each is copied once on its way out and once on its way in.
+and each piece says how many they are. So each is copied once on its way out and once on its way in.
 """
 
 from __future__ import annotations
@@ -9,12 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple, TypeVar
 
-from google.protobuf.message import DecodeError
-from torch import Tensor
-
-from splitlearn.errors import MessageError
+from splitlearn.wire.checksum import checksum_of
 from splitlearn.wire.generated import splitlearn_pb2 as pb
-from splitlearn.wire.host_memory import host_buffer
 
 Message = TypeVar("Message", pb.ClientMessage, pb.ServerMessage)
 VARINT, BYTES = 0, 2
@@ -34,64 +30,57 @@ class Piece(NamedTuple):
     number: int
     data: memoryview
     total_bytes: int
-    last: bool
+    offset: int
     tensor_bytes: int
-
-
-class Whole(NamedTuple):
-    """A serialised message, and the bytes (N,) of its tensor if they came behind it."""
-
-    message: bytes
-    payload: Tensor | None
-
-
-def parse(kind: type[Message], whole: bytes) -> Message:
-    """The message that came in pieces.
-
-    Raises:
-        MessageError: the pieces form none, or one that says it comes in pieces itself.
-    """
-    try:
-        message = kind.FromString(whole)
-    except DecodeError:
-        raise MessageError("the pieces of a message do not form one") from None
-    if message.WhichOneof("content") == "chunk":
-        raise MessageError("a message in pieces holds another in pieces")
-    return message
+    checksum: int
 
 
 # ---------------------------------------------------------------- out
 
 
-def chunks_of(number: int, data: bytes, chunk_bytes: int) -> Iterator[pb.Chunk]:
-    """The pieces of one serialised message, in order; the first says how long the whole is."""
-    for start in range(0, len(data), chunk_bytes):
-        yield pb.Chunk(
-            number=number,
-            data=data[start : start + chunk_bytes],
-            total_bytes=len(data) if start == 0 else 0,
-            last=start + chunk_bytes >= len(data),
-        )
+class Pieces:
+    """A serialised message and the bytes behind it, cut: what gRPC is to send.
 
+    Several connections may iterate at once. Each piece is made, as it leaves, for one of them.
+    """
 
-def pieces_with_payload(
-    kind: type[Message], number: int, message: bytes, payload: memoryview, chunk_bytes: int
-) -> Iterator[bytes]:
-    """The same for a message and the bytes behind it, each piece serialised: what gRPC is to send."""
-    total = len(message) + len(payload)
-    for start in range(0, total, chunk_bytes):
-        stop = min(start + chunk_bytes, total)
+    def __init__(
+        self,
+        kind: type[Message],
+        number: int,
+        message: bytes,
+        payload: memoryview,
+        chunk_bytes: int,
+        *,
+        checksum: bool,
+    ) -> None:
+        self._chunk_of = CHUNK_OF[kind]
+        self._number = number
+        self._message, self._payload = message, payload
+        self._chunk_bytes, self._checksum = chunk_bytes, checksum
+        self._total = len(message) + len(payload)
+        # One iterator for all: its steps cannot be interrupted by another thread.
+        self._starts = iter(range(0, self._total, chunk_bytes))
+
+    def __iter__(self) -> Iterator[bytes]:
+        for start in self._starts:
+            yield self._piece(start, min(start + self._chunk_bytes, self._total))
+
+    def _piece(self, start: int, stop: int) -> bytes:
+        """Written as protobuf would write it, without its copies."""
+        length = len(self._message)
+        own = self._message[start:stop]
+        behind = self._payload[max(start - length, 0) : max(stop - length, 0)]
         head = pb.Chunk(
-            number=number,
-            total_bytes=total if start == 0 else 0,
-            tensor_bytes=len(payload) if start == 0 else 0,
-            last=stop == total,
+            number=self._number,
+            total_bytes=self._total,
+            offset=start,
+            tensor_bytes=len(self._payload),
+            checksum=checksum_of(own, behind) if self._checksum else 0,
         ).SerializeToString()
         head += _tag(CHUNK_FIELDS["data"]) + _varint(stop - start)
-        outer = _tag(CHUNK_OF[kind]) + _varint(len(head) + stop - start)
-        own = message[start:stop]
-        behind = payload[max(start - len(message), 0) : max(stop - len(message), 0)]
-        yield b"".join((outer, head, own, behind))
+        outer = _tag(self._chunk_of) + _varint(len(head) + stop - start)
+        return b"".join((outer, head, own, behind))
 
 
 def serialize(message: Message | bytes) -> bytes:
@@ -129,8 +118,8 @@ def _piece(kind: type[Message], data: bytes) -> Piece | None:
     tag = _tag(CHUNK_OF[kind])
     if not data.startswith(tag):
         return None
-    found = {"number": 0, "total_bytes": 0, "last": 0, "tensor_bytes": 0}
-    names = {number << 3 | VARINT: name for name, number in CHUNK_FIELDS.items() if name in found}
+    found = {name: 0 for name in CHUNK_FIELDS if name != "data"}
+    names = {CHUNK_FIELDS[name] << 3 | VARINT: name for name in found}
     try:
         length, at = _read_varint(data, len(tag))
         if at + length != len(data):
@@ -145,8 +134,7 @@ def _piece(kind: type[Message], data: bytes) -> Piece | None:
         return None
     if at + value != len(data):
         return None
-    content = memoryview(data)[at:]
-    return Piece(found["number"], content, found["total_bytes"], bool(found["last"]), found["tensor_bytes"])
+    return Piece(data=memoryview(data)[at:], **found)
 
 
 def _read_varint(data: bytes, at: int) -> tuple[int, int]:
@@ -158,64 +146,3 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
         if byte < MORE:
             return value, at + place + 1
     raise IndexError
-
-
-class ChunkAssembly:
-    """Puts the pieces of one stream's messages together, one message at a time.
-
-    Memory grows with what has arrived, never with what was announced.
-    """
-
-    def __init__(self, max_message_bytes: int) -> None:
-        self._max_bytes = max_message_bytes
-        self._number = 0
-        self._total = 0
-        self._tensor = 0
-        self._pieces: list[bytes | memoryview] = []
-        self._received = 0
-
-    def add(self, chunk: pb.Chunk | Piece) -> Whole | None:
-        """The whole message once its last piece is here, else None.
-
-        Raises:
-            MessageError: pieces of different messages are mixed, or the message is too large.
-        """
-        data = chunk.data
-        if not self._pieces:
-            self._begin(chunk)
-        elif chunk.number != self._number or chunk.total_bytes:
-            raise MessageError("a new message began before the last piece of the one before it")
-        self._pieces.append(data)
-        self._received += len(data)
-        if self._received > self._total or not data:
-            raise MessageError(f"a message of {self._total} bytes came with {self._received} bytes of pieces")
-        return self._finish() if chunk.last else None
-
-    def _begin(self, chunk: pb.Chunk | Piece) -> None:
-        if not 0 < chunk.total_bytes <= self._max_bytes:
-            raise MessageError(
-                f"a message of {chunk.total_bytes} bytes; this side takes 1 to {self._max_bytes}"
-            )
-        if chunk.tensor_bytes > chunk.total_bytes:
-            raise MessageError(f"{chunk.tensor_bytes} bytes of a tensor in {chunk.total_bytes} of a message")
-        self._number, self._total, self._received = chunk.number, chunk.total_bytes, 0
-        self._tensor = chunk.tensor_bytes
-
-    def _finish(self) -> Whole:
-        pieces, self._pieces = self._pieces, []
-        if self._received != self._total:
-            raise MessageError(f"a message of {self._total} bytes ended after {self._received}")
-        if not self._tensor:
-            return Whole(b"".join(pieces), None)
-        message, payload = bytearray(self._total - self._tensor), host_buffer(self._tensor)
-        target, at = memoryview(payload.numpy()), 0  # type: ignore[arg-type]
-        for data in pieces:
-            piece = memoryview(data)
-            own = piece[: max(len(message) - at, 0)]
-            message[at : at + len(own)] = own
-            rest = piece[len(own) :]
-            start = at + len(own) - len(message)
-            if rest:
-                target[start : start + len(rest)] = rest
-            at += len(piece)
-        return Whole(bytes(message), payload)

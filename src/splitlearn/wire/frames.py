@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-import xxhash
 from torch import Tensor
 
 from splitlearn.errors import CorruptFrame, FrameError
 from splitlearn.vocabulary import CodecId, Role
+from splitlearn.wire.checksum import checksum_of
 from splitlearn.wire.codecs import codec_of
 from splitlearn.wire.dtypes import FLOATS, dtype_name
 from splitlearn.wire.generated import splitlearn_pb2 as pb
@@ -58,17 +58,17 @@ def encode_frame(tensor: Tensor, role: Role, format: FrameFormat) -> pb.Frame:
     """The tensor as a frame; side tensors (masks, positions) always go raw."""
     codec = format.codec if tensor.dtype in FLOATS else CodecId.RAW
     host = to_host(tensor)
-    inline, checked = b"", memoryview(b"")
+    data, checksum = b"", 0
     if format.apart is not None and host.nbytes >= APART_BYTES:
-        checked = codec_of(codec).encode_view(host)
-        format.apart.append(checked)
+        format.apart.append(codec_of(codec).encode_view(host))
     else:
-        checked = memoryview(inline := codec_of(codec).encode(host))
+        data = codec_of(codec).encode(host)
+        checksum = checksum_of(data) if format.checksum else 0
     return pb.Frame(
         dtype=DTYPE_IDS[tensor.dtype],
         shape=tensor.shape,
-        data=inline,
-        checksum=_checksum(checked) if format.checksum else 0,
+        data=data,
+        checksum=checksum,
         role=role.name,
         codec=codec.name,
     )
@@ -89,7 +89,8 @@ def decode_frame(
         role: what the field that held the frame is for.
         shape: the expected shape; `None` stands for a length that the caller checks afterwards.
         checksum: whether the handshake agreed on one; a frame without it is then refused.
-        payload: the bytes (N,) that came behind the frame's message; the tensor may then share them.
+        payload: the bytes (N,) that came behind the frame's message, in pieces that had checksums of
+            their own; the tensor may then share them.
 
     Raises:
         FrameError: role, dtype, rank, shape, codec or size is not what it may be.
@@ -109,18 +110,12 @@ def decode_frame(
         raise FrameError(
             f"the {name} frame has {size} bytes, its shape {list(frame.shape)} in {kind} takes {expected}"
         )
-    data = frame.data if payload is None else memoryview(payload.numpy())  # type: ignore[arg-type]
-    if checksum and _checksum(data) != frame.checksum:
+    if checksum and payload is None and checksum_of(frame.data) != frame.checksum:
         raise CorruptFrame(
             f"the {name} frame does not match its checksum, the network or a memory changed it: try again"
         )
     flat = codec.decode(frame.data, kind) if payload is None else codec.decode_view(payload, kind)
     return flat.view(tuple(frame.shape))
-
-
-def _checksum(data: bytes | memoryview) -> int:
-    # 0 stands for "no checksum" on the wire.
-    return xxhash.xxh3_64_intdigest(data) or 1
 
 
 def _dtype(frame: pb.Frame, role: Role) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from splitlearn import __version__
 from splitlearn.config import WireLimits
@@ -49,6 +49,10 @@ class Agreement:
     max_positions: int
     attention: str
     """What the trunk's layers attend with; the client's should be the same."""
+    lanes: int = 1
+    """Connections that large messages may be spread over, the stream's own included."""
+    ticket: bytes = field(default=b"", repr=False)
+    """With which further connections become lanes of this stream."""
 
 
 def hello(identity: ModelIdentity, client: bytes, precision: Precision, *, checksum: bool) -> pb.Hello:
@@ -65,6 +69,13 @@ def hello(identity: ModelIdentity, client: bytes, precision: Precision, *, check
     )
 
 
+def joining(greeting: pb.Hello, ticket: bytes) -> pb.Hello:
+    """The first words of a further connection of the stream that was given this ticket."""
+    hello = pb.Hello(lane_of=ticket)
+    hello.MergeFrom(greeting)
+    return hello
+
+
 def welcome(
     greeting: pb.Hello,
     identity: ModelIdentity,
@@ -73,6 +84,7 @@ def welcome(
     *,
     checksum: bool,
     answer_window: int,
+    ticket: bytes = b"",
 ) -> pb.Welcome:
     """The server's answer to a client that fits.
 
@@ -97,6 +109,7 @@ def welcome(
         limits=limits_to_proto(facts, limits, answer_window),
         software=f"splitlearn/{__version__}",
         attention=facts.attention,
+        ticket=ticket,
     )
 
 
@@ -124,6 +137,8 @@ def agreement(answer: pb.Welcome) -> Agreement:
         chunk_bytes=limits.chunk_bytes,
         max_positions=limits.max_positions,
         attention=answer.attention,
+        lanes=max(limits.lanes, 1),
+        ticket=answer.ticket,
     )
 
 
@@ -174,6 +189,7 @@ def limits_to_proto(facts: TrunkFacts, limits: WireLimits, answer_window: int) -
         max_positions=facts.max_positions,
         lease_s=facts.lease_s,
         answer_window=answer_window,
+        lanes=limits.lanes,
     )
 
 

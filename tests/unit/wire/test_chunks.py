@@ -1,93 +1,57 @@
-"""A large message arrives whole from its pieces; pieces that do not fit are refused."""
+"""A large message is cut into pieces that protobuf would read, once for all who send them."""
+
+import threading
 
 import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitlearn.errors import MessageError
-from splitlearn.wire.chunks import (
-    ChunkAssembly,
-    Piece,
-    Whole,
-    chunks_of,
-    deserialize_client,
-    deserialize_server,
-    pieces_with_payload,
-)
+from splitlearn.wire.checksum import checksum_of
+from splitlearn.wire.chunks import CHUNK_FIELDS, Piece, Pieces, deserialize_client, deserialize_server
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 
-DATA = bytes(range(256)) * 5
-
-
-@pytest.mark.parametrize("size", [1, 7, 256, len(DATA) - 1, len(DATA), len(DATA) + 1])
-def test_pieces_of_any_size_form_the_message_again(size):
-    assembly = ChunkAssembly(len(DATA))
-    results = [assembly.add(chunk) for chunk in chunks_of(1, DATA, size)]
-    assert results[-1] == Whole(DATA, None)
-    assert all(result is None for result in results[:-1])
-
-
-def test_one_message_after_another():
-    assembly = ChunkAssembly(len(DATA))
-    for number in (1, 2, 3):
-        assert [assembly.add(chunk) for chunk in chunks_of(number, DATA, 500)][-1].message == DATA
-
-
-@pytest.mark.parametrize(
-    "chunks",
-    [
-        [pb.Chunk(number=1, data=b"a", total_bytes=0)],
-        [pb.Chunk(number=1, data=b"a", total_bytes=10_000)],
-        [pb.Chunk(number=1, data=b"abc", total_bytes=2)],
-        [pb.Chunk(number=1, data=b"a", total_bytes=2, last=True)],
-        [pb.Chunk(number=1, data=b"", total_bytes=2)],
-        [pb.Chunk(number=1, data=b"a", total_bytes=2), pb.Chunk(number=2, data=b"b", last=True)],
-        [pb.Chunk(number=1, data=b"a", total_bytes=2), pb.Chunk(number=1, data=b"b", total_bytes=2)],
-    ],
-    ids=["no length", "too long", "longer than said", "shorter than said", "empty", "mixed", "begun again"],
-)
-def test_pieces_that_do_not_fit_are_refused(chunks):
-    assembly = ChunkAssembly(1000)
-    *fitting, last = chunks
-    for chunk in fitting:
-        assembly.add(chunk)
-    with pytest.raises(MessageError):
-        assembly.add(last)
-
-
-# ---------------------------------------------------------------- a tensor behind its message
-
-
-MESSAGE = pb.ClientMessage(step=pb.Step(key=pb.StepKey(run=3, step=7), loss_scale=2.0))
+MESSAGE = pb.ClientMessage(step=pb.Step(key=pb.StepKey(run=3, step=7), loss_scale=2.0)).SerializeToString()
 PAYLOAD = memoryview(bytes(range(251)) * 40)
 
 
-def pieces(chunk_bytes, payload=PAYLOAD, number=9):
-    content = MESSAGE.SerializeToString()
-    return list(pieces_with_payload(pb.ClientMessage, number, content, payload, chunk_bytes))
+def pieces(chunk_bytes: int) -> Pieces:
+    return Pieces(pb.ClientMessage, 9, MESSAGE, PAYLOAD, chunk_bytes, checksum=True)
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 5, len(MESSAGE.SerializeToString()), 100, 999, 1 << 20])
-def test_a_tensor_behind_its_message_arrives_whole(chunk_bytes):
-    assembly = ChunkAssembly(1 << 20)
-    for _ in range(2):
-        *parts, whole = [assembly.add(deserialize_client(piece)) for piece in pieces(chunk_bytes)]
-        assert not any(parts)
-        assert pb.ClientMessage.FromString(whole.message) == MESSAGE
-        assert whole.payload.numpy().tobytes() == PAYLOAD
-
-
-def test_our_pieces_are_what_protobuf_would_write():
-    for piece in pieces(100):
+@pytest.mark.parametrize("chunk_bytes", [1, 5, len(MESSAGE), 100, 999, 1 << 20])
+def test_our_pieces_are_what_protobuf_would_write(chunk_bytes):
+    whole = MESSAGE + PAYLOAD
+    covered = 0
+    for piece in pieces(chunk_bytes):
         chunk, ours = pb.ClientMessage.FromString(piece).chunk, deserialize_client(piece)
         assert isinstance(ours, Piece)
-        fields = ("number", "data", "total_bytes", "last", "tensor_bytes")
-        assert all(getattr(chunk, field) == getattr(ours, field) for field in fields)
+        assert all(getattr(chunk, name) == getattr(ours, name) for name in CHUNK_FIELDS)
+        assert (chunk.number, chunk.total_bytes, chunk.tensor_bytes) == (9, len(whole), len(PAYLOAD))
+        assert chunk.data == whole[chunk.offset : chunk.offset + len(chunk.data)]
+        assert chunk.checksum == checksum_of(chunk.data)
+        covered += len(chunk.data)
+    assert covered == len(whole)
+
+
+def test_connections_side_by_side_send_each_piece_once():
+    shared, sent = pieces(10), [[], []]
+    threads = [threading.Thread(target=lambda each=each: each.extend(shared)) for each in sent]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    offsets = [deserialize_client(piece).offset for each in sent for piece in each]
+    assert sorted(offsets) == list(range(0, len(MESSAGE) + len(PAYLOAD), 10))
+
+
+def test_a_checksum_is_that_of_the_parts_in_a_row_and_never_none():
+    assert checksum_of(b"ab", b"c") == checksum_of(b"abc") != checksum_of(b"abd")
+    assert checksum_of(b"") != 0
 
 
 def test_a_chunk_that_protobuf_wrote_is_read_by_either():
-    for chunk in (pb.Chunk(number=1, data=b"abc", total_bytes=3, last=True), pb.Chunk(), pb.Chunk(number=5)):
+    for chunk in (pb.Chunk(number=1, data=b"abc", total_bytes=3), pb.Chunk(), pb.Chunk(number=5)):
         data = pb.ServerMessage(chunk=chunk).SerializeToString()
         read = deserialize_server(data)
         read = read if isinstance(read, Piece) else read.chunk
@@ -96,11 +60,6 @@ def test_a_chunk_that_protobuf_wrote_is_read_by_either():
             chunk.data,
             chunk.total_bytes,
         )
-
-
-def test_a_tensor_larger_than_its_message_is_refused():
-    with pytest.raises(MessageError):
-        ChunkAssembly(1000).add(pb.Chunk(number=1, data=b"ab", total_bytes=2, tensor_bytes=3, last=True))
 
 
 @given(data=st.binary(max_size=60), chunk=st.booleans())

@@ -310,18 +310,20 @@ class Answer(_message.Message):
     def __init__(self, key: _Optional[_Union[StepKey, _Mapping]] = ..., activation: _Optional[_Union[Frame, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., adapter: _Optional[_Union[AdapterVersion, _Mapping]] = ..., norms: _Optional[_Union[Frame, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., stepped: bool = ...) -> None: ...
 
 class Chunk(_message.Message):
-    __slots__ = ("number", "data", "total_bytes", "last", "tensor_bytes")
+    __slots__ = ("number", "data", "total_bytes", "offset", "tensor_bytes", "checksum")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
-    LAST_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
     TENSOR_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     number: int
     data: bytes
     total_bytes: int
-    last: bool
+    offset: int
     tensor_bytes: int
-    def __init__(self, number: _Optional[int] = ..., data: _Optional[bytes] = ..., total_bytes: _Optional[int] = ..., last: bool = ..., tensor_bytes: _Optional[int] = ...) -> None: ...
+    checksum: int
+    def __init__(self, number: _Optional[int] = ..., data: _Optional[bytes] = ..., total_bytes: _Optional[int] = ..., offset: _Optional[int] = ..., tensor_bytes: _Optional[int] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class ClientMessage(_message.Message):
     __slots__ = ("step", "hello", "fork", "close", "chunk")
@@ -374,7 +376,7 @@ class Fingerprint(_message.Message):
     def __init__(self, config_hash: _Optional[int] = ..., weights_hash: _Optional[int] = ..., bottom_layers: _Optional[int] = ..., trunk_layers: _Optional[int] = ..., top_layers: _Optional[int] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "features", "fingerprint", "client", "codecs", "checksums", "precision", "software")
+    __slots__ = ("protocol", "features", "fingerprint", "client", "codecs", "checksums", "precision", "software", "lane_of")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -383,6 +385,7 @@ class Hello(_message.Message):
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_FIELD_NUMBER: _ClassVar[int]
+    LANE_OF_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     features: _containers.RepeatedScalarFieldContainer[str]
     fingerprint: Fingerprint
@@ -391,10 +394,11 @@ class Hello(_message.Message):
     checksums: _containers.RepeatedScalarFieldContainer[ChecksumKind]
     precision: Precision
     software: str
-    def __init__(self, protocol: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., client: _Optional[bytes] = ..., codecs: _Optional[_Iterable[_Union[Codec, str]]] = ..., checksums: _Optional[_Iterable[_Union[ChecksumKind, str]]] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ..., software: _Optional[str] = ...) -> None: ...
+    lane_of: bytes
+    def __init__(self, protocol: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., client: _Optional[bytes] = ..., codecs: _Optional[_Iterable[_Union[Codec, str]]] = ..., checksums: _Optional[_Iterable[_Union[ChecksumKind, str]]] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ..., software: _Optional[str] = ..., lane_of: _Optional[bytes] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("protocol", "features", "fingerprint", "codecs", "checksum", "precision", "limits", "software", "attention")
+    __slots__ = ("protocol", "features", "fingerprint", "codecs", "checksum", "precision", "limits", "software", "attention", "ticket")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -404,6 +408,7 @@ class Welcome(_message.Message):
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     features: _containers.RepeatedScalarFieldContainer[str]
     fingerprint: Fingerprint
@@ -413,10 +418,11 @@ class Welcome(_message.Message):
     limits: Limits
     software: str
     attention: str
-    def __init__(self, protocol: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., codecs: _Optional[_Iterable[_Union[Codec, str]]] = ..., checksum: _Optional[_Union[ChecksumKind, str]] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., software: _Optional[str] = ..., attention: _Optional[str] = ...) -> None: ...
+    ticket: bytes
+    def __init__(self, protocol: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., codecs: _Optional[_Iterable[_Union[Codec, str]]] = ..., checksum: _Optional[_Union[ChecksumKind, str]] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., software: _Optional[str] = ..., attention: _Optional[str] = ..., ticket: _Optional[bytes] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_message_bytes", "chunk_bytes", "max_rows", "max_tokens", "session_tokens", "max_positions", "lease_s", "answer_window")
+    __slots__ = ("max_message_bytes", "chunk_bytes", "max_rows", "max_tokens", "session_tokens", "max_positions", "lease_s", "answer_window", "lanes")
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_ROWS_FIELD_NUMBER: _ClassVar[int]
@@ -425,6 +431,7 @@ class Limits(_message.Message):
     MAX_POSITIONS_FIELD_NUMBER: _ClassVar[int]
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
     ANSWER_WINDOW_FIELD_NUMBER: _ClassVar[int]
+    LANES_FIELD_NUMBER: _ClassVar[int]
     max_message_bytes: int
     chunk_bytes: int
     max_rows: int
@@ -433,7 +440,8 @@ class Limits(_message.Message):
     max_positions: int
     lease_s: float
     answer_window: int
-    def __init__(self, max_message_bytes: _Optional[int] = ..., chunk_bytes: _Optional[int] = ..., max_rows: _Optional[int] = ..., max_tokens: _Optional[int] = ..., session_tokens: _Optional[int] = ..., max_positions: _Optional[int] = ..., lease_s: _Optional[float] = ..., answer_window: _Optional[int] = ...) -> None: ...
+    lanes: int
+    def __init__(self, max_message_bytes: _Optional[int] = ..., chunk_bytes: _Optional[int] = ..., max_rows: _Optional[int] = ..., max_tokens: _Optional[int] = ..., session_tokens: _Optional[int] = ..., max_positions: _Optional[int] = ..., lease_s: _Optional[float] = ..., answer_window: _Optional[int] = ..., lanes: _Optional[int] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()

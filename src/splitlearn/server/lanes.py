@@ -1,0 +1,67 @@
+"""Further connections of one client's stream: pieces of large messages, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+from splitlearn.errors import CorruptFrame, MessageError, SplitLearnError
+from splitlearn.wire.chunks import Piece, Pieces
+from splitlearn.wire.generated import splitlearn_pb2 as pb
+from splitlearn.wire.handshake import PROTOCOL
+
+if TYPE_CHECKING:
+    from splitlearn.server.client_stream import ClientStream, Requests
+
+BROKE = "a connection that carried a part of a message broke: try again"
+
+
+class Lane:
+    """Lives as long as its connection; what it brings goes to its stream, and comes from there.
+
+    Raises:
+        MessageError: no stream of this client has this ticket, or it has all lanes that it may have.
+    """
+
+    def __init__(self, stream: ClientStream | None, hello: pb.Hello, max_lanes: int) -> None:
+        if stream is None or hello.client != stream.client:
+            raise MessageError("no stream of this client has this ticket: it has ended, connect again")
+        if len(stream.lanes) + 1 >= max_lanes:
+            raise MessageError(f"a stream has at most {max_lanes} lanes here, its own included")
+        self._stream = stream
+        self._outbox: asyncio.Queue[Pieces | None] = asyncio.Queue()
+
+    async def messages(self, requests: Requests) -> AsyncIterator[pb.ServerMessage | bytes]:
+        """What goes back on this connection, until either side ends it."""
+        self._stream.lanes.add(self)
+        reader = asyncio.create_task(self._read(requests))
+        in_order = False
+        try:
+            yield pb.ServerMessage(welcome=pb.Welcome(protocol=PROTOCOL))
+            while (pieces := await self._outbox.get()) is not None:
+                for piece in pieces:
+                    yield piece
+            in_order = True
+        finally:
+            reader.cancel()
+            self._stream.lanes.discard(self)
+            if not in_order:
+                self._stream.end(CorruptFrame(BROKE))
+
+    def send(self, pieces: Pieces) -> None:
+        self._outbox.put_nowait(pieces)
+
+    def end(self) -> None:
+        self._outbox.put_nowait(None)
+
+    async def _read(self, requests: Requests) -> None:
+        try:
+            async for message in requests:
+                if not isinstance(message, Piece) and message.WhichOneof("content") != "chunk":
+                    raise MessageError("a lane carries pieces of messages only")
+                await self._stream.take_piece(message if isinstance(message, Piece) else message.chunk)
+        except SplitLearnError as error:
+            self._stream.end(error)
+        finally:
+            self.end()
