@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import secrets
 import shutil
@@ -18,13 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from splitlearn.disk import digest, sync
 from splitlearn.errors import CheckpointError
 from splitlearn.vocabulary import LoraSettings, OptimizerSettings, Precision, RunSettings, TapeSettings
 
 FORMAT = 1
 WEIGHTS, OPTIMIZER, NOTE = "adapter.safetensors", "optimizer.safetensors", "run.json"
 STEP_FOLDER = re.compile(r"step-(\d{8})")
-DIGEST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +68,7 @@ class RunStore:
                 "version": snapshot.version,
                 "skipped": snapshot.skipped,
                 "settings": asdict(snapshot.settings),
-                "digests": {name: _digest(unfinished / name) for name in (WEIGHTS, OPTIMIZER)},
+                "digests": {name: digest(unfinished / name) for name in (WEIGHTS, OPTIMIZER)},
             }
             note["digest"] = _digest_of_note(note)
             (unfinished / NOTE).write_text(json.dumps(note, indent=1))
@@ -101,8 +100,8 @@ class RunStore:
                 )
             if note.pop("digest") != _digest_of_note(note):
                 raise CheckpointError(_torn(name, step))
-            for file, digest in note["digests"].items():
-                if _digest(folder / file) != digest:
+            for file, written in note["digests"].items():
+                if digest(folder / file) != written:
                     raise CheckpointError(_torn(name, step))
             weights, optimizer = load_file(folder / WEIGHTS), load_file(folder / OPTIMIZER)
             settings = _settings(note["settings"])
@@ -140,23 +139,6 @@ class RunStore:
             for each in folder.iterdir():
                 if (found := STEP_FOLDER.fullmatch(each.name)) and (each / NOTE).is_file():
                     yield int(found[1]), each
-
-
-def sync(path: Path) -> None:
-    """Have a file's bytes, or a folder's names, on the disk before going on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _digest(file: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as content:
-        while piece := content.read(DIGEST_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _digest_of_note(note: Mapping[str, Any]) -> str:

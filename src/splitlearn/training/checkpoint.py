@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from splitlearn.disk import sync
 from splitlearn.errors import CheckpointError
 
 WEIGHTS, NOTE = "client.safetensors", "splitlearn.json"
@@ -66,12 +66,12 @@ def complete(folder: Path, note: Note) -> None:
     """Have the folder's files on the disk, then say that they are whole."""
     for file in folder.iterdir():
         if file.is_file():
-            _sync(file)
+            sync(file)
     unfinished = folder / f"{NOTE}.{secrets.token_hex(4)}"
     unfinished.write_text(json.dumps(asdict(note)))
-    _sync(unfinished)
+    sync(unfinished)
     unfinished.rename(folder / NOTE)
-    _sync(folder)
+    sync(folder)
 
 
 def note_of(folder: Path) -> Note | None:
@@ -98,11 +98,3 @@ def whole_checkpoints(output_dir: Path) -> list[tuple[Path, Note]]:
             if CHECKPOINT.fullmatch(folder.name) and (note := note_of(folder)) is not None:
                 found.append((folder, note))
     return sorted(found, key=lambda each: each[1].step, reverse=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
