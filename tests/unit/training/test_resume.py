@@ -1,0 +1,160 @@
+"""A training goes on from the newest checkpoint that is whole on both sides, whatever became of the newer."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import TrainingArguments
+
+from splitlearn import AutoSplitModelForCausalLM, SplitTrainer, TrunkServer
+from splitlearn.errors import CheckpointError
+from splitlearn.testing.tiny import tiny_model
+from splitlearn.training.checkpoint import NOTE, WEIGHTS
+
+IDS = torch.randint(4, 100, (8, 6), generator=torch.Generator().manual_seed(1))
+DATA = [{"input_ids": row, "labels": row} for row in IDS]
+Loaded = Callable[..., AbstractContextManager[Any]]
+Weights = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrunkServer]:
+    folder = tiny_model("llama", tmp_path_factory.mktemp("model"))
+    sessions = {"session_tokens": 64, "kv_budget_bytes": 1 << 20}
+    state = tmp_path_factory.mktemp("state")
+    with TrunkServer(folder, port=0, device="cpu", sessions=sessions, state_dir=state) as running:
+        yield running
+
+
+@contextmanager
+def load(server: TrunkServer, run: str, **how: Any) -> Iterator[Any]:
+    """The model as a client loads it."""
+    told = {"lora": LoraConfig(r=2, target_modules=["q_proj"]), "seed": 7} | how
+    model = AutoSplitModelForCausalLM.from_pretrained(
+        server.config.model, trunk=server.address, run=run, **told
+    )
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+@pytest.fixture
+def loaded(server: TrunkServer, tmp_path: Path) -> Loaded:
+    """In a run of the test's own."""
+    return lambda **how: load(server, tmp_path.name, **how)
+
+
+def trainer(model: Any, output: Path, steps: int, **how: Any) -> SplitTrainer:
+    told = {
+        "max_steps": steps,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "per_device_train_batch_size": 1,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return SplitTrainer(model, TrainingArguments(str(output), **(told | how)), train_dataset=DATA)
+
+
+@pytest.fixture
+def output(loaded: Loaded, tmp_path: Path) -> Path:
+    """Three steps, each with a checkpoint on both sides."""
+    with loaded() as model:
+        trainer(model, tmp_path / "out", 3).train()
+    return tmp_path / "out"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server: TrunkServer, tmp_path_factory: pytest.TempPathFactory) -> Weights:
+    with load(server, "undisturbed") as model:
+        trainer(model, tmp_path_factory.mktemp("undisturbed"), 4, save_strategy="no").train()
+        return model.adapter_weights()
+
+
+def tear(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+
+
+def on_server(server: TrunkServer, run: str, step: int) -> Path:
+    (found,) = server.config.state_dir.glob(f"*/runs/{run}/step-{step:08d}")
+    return found
+
+
+def resume(loaded: Loaded, output: Path, wanted: Any = True) -> tuple[int, Weights]:
+    """The step that it went on from, and the adapter at the end."""
+    begun: list[int] = []
+
+    class Watched(SplitTrainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            begun.append(self.state.global_step)
+            return super().training_step(*args, **kwargs)
+
+    with loaded() as model:
+        how = trainer(model, output, 4).args
+        Watched(model, how, train_dataset=DATA).train(resume_from_checkpoint=wanted)
+        return begun[0], model.adapter_weights()
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING]
+
+
+@pytest.mark.parametrize("file", ["adapter.safetensors", "optimizer.safetensors", "run.json"])
+def test_where_the_servers_newest_half_is_torn_the_next_older_one_is_taken(
+    server, loaded, output, tmp_path, caplog, undisturbed, file
+) -> None:
+    tear(on_server(server, tmp_path.name, 3) / file)
+    step, weights = resume(loaded, output)
+    assert step == 2
+    assert all(torch.equal(weights[name], each) for name, each in undisturbed.items())
+    (said,) = [each for each in warnings(caplog) if "checkpoint-3" in each]
+    assert "skipped" in said
+    assert "torn" in said
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, "optimizer.pt", "trainer_state.json", "rng_state.pth", NOTE])
+def test_where_the_clients_newest_half_is_torn_the_next_older_one_is_taken(
+    loaded, output, caplog, undisturbed, file
+) -> None:
+    tear(output / "checkpoint-3" / file)
+    step, weights = resume(loaded, output)
+    assert step == 2
+    assert all(torch.equal(weights[name], each) for name, each in undisturbed.items())
+    assert any("checkpoint-3" in each and "skipped" in each for each in warnings(caplog))
+
+
+def test_both_halves_may_be_torn_at_different_steps(server, loaded, output, tmp_path, caplog) -> None:
+    tear(output / "checkpoint-3" / WEIGHTS)
+    tear(on_server(server, tmp_path.name, 2) / "adapter.safetensors")
+    assert resume(loaded, output)[0] == 1
+    assert [any(f"checkpoint-{step}" in each for each in warnings(caplog)) for step in (3, 2, 1)] == [
+        True,
+        True,
+        False,
+    ]
+
+
+def test_where_every_checkpoint_is_torn_the_newest_ones_fault_is_told(
+    server, loaded, output, tmp_path
+) -> None:
+    for step in (1, 2, 3):
+        tear(on_server(server, tmp_path.name, step) / "adapter.safetensors")
+    with pytest.raises(CheckpointError, match="step 3 of run"):
+        resume(loaded, output)
+
+
+def test_a_checkpoint_that_was_named_is_taken_or_refused(server, loaded, output, tmp_path) -> None:
+    tear(on_server(server, tmp_path.name, 3) / "adapter.safetensors")
+    with pytest.raises(CheckpointError, match="torn"):
+        resume(loaded, output, str(output / "checkpoint-3"))
+    assert resume(loaded, output, str(output / "checkpoint-1"))[0] == 1
