@@ -85,7 +85,8 @@ class RunConfig(Settings):
     """What training runs may hold on the trunk, and for how long."""
 
     tape_budget_bytes: PositiveInt = 8 * GIB
-    """Memory for what forwards keep until their gradients come; over it, the oldest are forwarded again."""
+    """Memory for what forwards keep until their gradients come, and for the answers to those; over it, the
+    oldest are forwarded again."""
     tape_lease_s: PositiveFloat = 600.0
     """How long a forward waits for its gradient before what it kept is let go."""
     staleness_limit: NonNegativeInt = 1

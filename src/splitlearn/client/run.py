@@ -50,6 +50,7 @@ class ClientRun:
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
         self._next_microbatch = 0
+        self._going_back: set[int] = set()
         # Numbers of their own: those of microbatches decide what dropout drops.
         self._evaluations = count()
         self._unapplied = 0
@@ -83,6 +84,7 @@ class ClientRun:
             )
         with self._lock:
             microbatch, self._next_microbatch = self._next_microbatch, self._next_microbatch + 1
+            acked_through = self._acked_through
         key = self._key(Phase.FORWARD, microbatch)
         asked = RunStepMessage(
             key=key,
@@ -91,6 +93,7 @@ class ClientRun:
             positions_BT=positions_BT,
             want_input_gradient=want_input_gradient,
             seed=self._seed(key) if training else 0,
+            acked_through=acked_through,
             deadline_s=self._deadline_s,
         )
         return asked, _tensor_of(self._ask(asked))
@@ -104,12 +107,17 @@ class ClientRun:
             loss_scale=self.loss_scale,
             deadline_s=self._deadline_s,
         )
+        with self._lock:
+            self._going_back.add(forward.key.microbatch)
         try:
             answer = self._ask(asked)
         except TapeExpired:
             self._count_forward_again()
             self._ask(forward)
             answer = self._ask(asked)
+        finally:
+            with self._lock:
+                self._going_back.discard(forward.key.microbatch)
         with self._lock:
             # A trunk that is not trained holds no gradient that anybody could forget.
             self._unapplied += bool(self.settings.lora.r)
@@ -132,7 +140,10 @@ class ClientRun:
 
     def gradient_norms(self) -> Tensor:
         """(n,): the norm of each trunk weight's gradient in the model's order, -1 where there is none."""
-        answer = self._ask(RunStepMessage(key=self._key(Phase.GRADIENT_NORMS), deadline_s=self._deadline_s))
+        key = self._key(Phase.GRADIENT_NORMS)
+        with self._lock:
+            acked_through = self._acked_through
+        answer = self._ask(RunStepMessage(key=key, acked_through=acked_through, deadline_s=self._deadline_s))
         assert answer.norms is not None
         return answer.norms
 
@@ -178,6 +189,11 @@ class ClientRun:
                 "an answer of the trunk was lost, and with it whether it holds a microbatch's gradients: "
                 "call model.trunk.skip_step() and repeat the step, or resume from a checkpoint"
             )
+
+    @property
+    def _acked_through(self) -> int:
+        """Below it no microbatch's backward waits for its answer; held under the lock."""
+        return min(self._going_back, default=self._next_microbatch)
 
     def _key(self, phase: Phase, microbatch: int = 0) -> StepKey:
         return StepKey(

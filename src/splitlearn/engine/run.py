@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -16,11 +16,11 @@ from splitlearn.errors import AccessDenied, CheckpointError, MessageError, StepO
 from splitlearn.vocabulary import RunSettings
 from splitlearn.wire.messages import AdapterMessage, AnswerMessage, OptimizerStep, RunFacts
 
-KEPT_ANSWERS = 8
 NO_GRADIENT = -1.0
 STATE_OF = "|"
 
 Microbatch = tuple[int, int]
+"""The optimizer step that its forward was for, and its number in it."""
 
 
 class Run:
@@ -49,7 +49,7 @@ class Run:
         self.current = self._published(0)
         self.skipped = 0
         self._gradients: list[Tensor | None] = [None] * len(weights)
-        self._answers: OrderedDict[Microbatch, AnswerMessage] = OrderedDict()
+        self._accumulated: set[Microbatch] = set()
         self._last_step: AnswerMessage | None = None
 
     @property
@@ -117,6 +117,18 @@ class Run:
                 if isinstance(value, Tensor):
                     yield f"{name}{STATE_OF}{kind}", value.detach().cpu().clone()
 
+    def accumulate_once(
+        self, microbatch: Microbatch, gradients: Sequence[Tensor | None], loss_scale: float
+    ) -> None:
+        """A microbatch whose answer was lost, and is computed again, counts once."""
+        if not self.has_accumulated(microbatch):
+            self.accumulate(gradients, loss_scale)
+            self._accumulated.add(microbatch)
+
+    def has_accumulated(self, microbatch: Microbatch) -> bool:
+        """Whether this microbatch of a step is among what the next optimizer step uses."""
+        return microbatch in self._accumulated
+
     def accumulate(self, gradients: Sequence[Tensor | None], loss_scale: float) -> None:
         """Add a microbatch's gradients, in the order of the weights; the scale is taken out first."""
         # Into a list of its own: where memory ends halfway, nothing has been added.
@@ -165,15 +177,6 @@ class Run:
         self.skipped += asked.skip
         self.step += 1
         self._forget_work()
-
-    def kept_answer(self, microbatch: Microbatch) -> AnswerMessage | None:
-        """The answer to a backward that was done already."""
-        return self._answers.get(microbatch)
-
-    def keep_answer(self, microbatch: Microbatch, answer: AnswerMessage) -> None:
-        self._answers[microbatch] = answer
-        while len(self._answers) > KEPT_ANSWERS:
-            self._answers.popitem(last=False)
 
     def kept_step(self, step: int) -> AnswerMessage | None:
         """The answer to an optimizer step that was done already; None where it is the next one.
@@ -226,9 +229,9 @@ class Run:
         return AdapterVersion(self.name, self.slot, number, weights)
 
     def _forget_work(self) -> None:
-        """What was accumulated, and the answers to it."""
+        """What was accumulated, and the answer to the step before."""
         self._gradients = [None] * len(self._gradients)
-        self._answers.clear()
+        self._accumulated.clear()
         self._last_step = None
 
 

@@ -65,7 +65,8 @@ class RunStepMessage:
     """One step of a run; what it does is its key's phase.
 
     `tensor_BTD` is the activation at the lower cut (forward, evaluate) or the gradient at the upper
-    cut, times `loss_scale` (backward). `seed` is that of dropout; 0 is none, as in evaluation.
+    cut, times `loss_scale` (backward). `seed` is that of dropout; 0 is none, as in evaluation. The
+    client has the answers to the backwards of its step's microbatches below `acked_through`.
     """
 
     key: StepKey
@@ -76,6 +77,7 @@ class RunStepMessage:
     loss_scale: float = 1.0
     seed: int = 0
     optimizer: OptimizerStep | None = None
+    acked_through: int = 0
     deadline_s: float = 0.0
 
     @property

@@ -188,6 +188,7 @@ STEPS = {
         positions_BT=POSITIONS,
         want_input_gradient=False,
         seed=2**64 - 1,
+        acked_through=5,
         deadline_s=60.0,
     ),
     Phase.BACKWARD: RunStepMessage(
