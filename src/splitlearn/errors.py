@@ -116,6 +116,10 @@ class RunLost(SplitLearnError):
     """The server does not have this run, or another incarnation of its client has taken it over."""
 
 
+class RunBroken(RunLost):
+    """The trunk's optimizer failed halfway: restore the run's last checkpoint, or start over."""
+
+
 class TapeExpired(SplitLearnError):
     """What a forward kept for its gradient is gone: forward again (the client does so by itself)."""
 

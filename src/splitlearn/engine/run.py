@@ -6,18 +6,20 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+import structlog
 import torch
 from torch import Tensor
 
 from splitlearn.engine import optimizer
 from splitlearn.engine.checkpoint import RunSnapshot
 from splitlearn.engine.trunk_state import AdapterVersion
-from splitlearn.errors import AccessDenied, CheckpointError, MessageError, StepOutOfOrder
+from splitlearn.errors import AccessDenied, CheckpointError, MessageError, RunBroken, StepOutOfOrder
 from splitlearn.vocabulary import RunSettings
 from splitlearn.wire.messages import AdapterMessage, AnswerMessage, OptimizerStep, RunFacts
 
 NO_GRADIENT = -1.0
 STATE_OF = "|"
+log = structlog.get_logger("splitlearn.engine")
 
 Microbatch = tuple[int, int]
 """The optimizer step that its forward was for, and its number in it."""
@@ -51,6 +53,7 @@ class Run:
         self._gradients: list[Tensor | None] = [None] * len(weights)
         self._accumulated: set[Microbatch] = set()
         self._last_step: AnswerMessage | None = None
+        self._is_broken = False
 
     @property
     def version(self) -> int:
@@ -61,9 +64,20 @@ class Run:
         return self.step + 1
 
     def facts(self) -> RunFacts:
+        state = "broken" if self._is_broken else "open"
         return RunFacts(
-            self.name, self.number, self.incarnation, "open", self.step, self.version, self.settings
+            self.name, self.number, self.incarnation, state, self.step, self.version, self.settings
         )
+
+    def require_whole(self) -> None:
+        """Raises RunBroken where an optimizer step failed halfway, until a snapshot is restored."""
+        if self._is_broken:
+            raise RunBroken(
+                f"the trunk's optimizer failed halfway through step {self.next_step} of run {self.name}: "
+                "restore its last checkpoint (resume_from_checkpoint=True, or model.trunk.restore), or begin "
+                "anew with model.trunk.start_over(); the server's log has the cause",
+                facts={"current_step": self.next_step},
+            )
 
     def rejoin(self, client: bytes) -> None:
         """A newer incarnation takes over: what the older one half accumulated is discarded."""
@@ -72,7 +86,8 @@ class Run:
         self._forget_work()
 
     def snapshot(self) -> RunSnapshot:
-        """Copies of all that the run is, to be written elsewhere."""
+        """Copies of all that the run is, to be written elsewhere; raises RunBroken where it is not whole."""
+        self.require_whole()
         return RunSnapshot(
             self.name,
             self.step,
@@ -108,6 +123,7 @@ class Run:
             self.optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
         self.step, self.skipped = snapshot.step, snapshot.skipped
         self.current = self._published(snapshot.version)
+        self._is_broken = False
         self._forget_work()
 
     def _optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
@@ -142,11 +158,13 @@ class Run:
 
         Raises:
             AccessDenied: the run was opened so that the trunk's part stays on the server.
+            RunBroken: an optimizer step failed halfway.
         """
         if not self.settings.allow_download:
             raise AccessDenied(
                 f"run {self.name} was opened with allow_download off: its trunk part stays on this server"
             )
+        self.require_whole()
         weights = {name: weight.detach().cpu().clone() for name, weight in self.masters.items()}
         return AdapterMessage(self.name, self.version, self.settings.lora, weights)
 
@@ -169,11 +187,20 @@ class Run:
 
         Raises:
             MessageError: no gradient has come since the last step.
+            RunBroken: the optimizer began and failed; the run is refused until a snapshot is restored.
         """
         if not asked.skip and self.optimizer is not None:
             room = [torch.empty_like(master, requires_grad=False) for master in self.masters.values()]
-            self._step(asked, self.optimizer)
-            self.current = self._published(self.version + 1, room)
+            self._give_gradients(asked, self.optimizer)
+            try:
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                self.current = self._published(self.version + 1, room)
+            except Exception as error:
+                # Some weights may have moved and others not: nobody can tell.
+                self._is_broken = True
+                log.error("an optimizer failed halfway", run=self.name, step=self.next_step, exc_info=error)
+                self.require_whole()
         self.skipped += asked.skip
         self.step += 1
         self._forget_work()
@@ -205,7 +232,7 @@ class Run:
     def _weights(self) -> list[Tensor]:
         return list(self.masters.values())
 
-    def _step(self, asked: OptimizerStep, optimizer: torch.optim.Optimizer) -> None:
+    def _give_gradients(self, asked: OptimizerStep, optimizer: torch.optim.Optimizer) -> None:
         if all(gradient is None for gradient in self._gradients):
             raise MessageError(
                 f"step {self.next_step} of run {self.name} has no gradients: run a backward first"
@@ -215,8 +242,6 @@ class Run:
             weight.grad = None if gradient is None else gradient * asked.gradient_scale
         for group in optimizer.param_groups:
             group["lr"] = asked.learning_rate
-        optimizer.step()
-        optimizer.zero_grad()
 
     @torch.no_grad()
     def _published(self, number: int, room: Sequence[Tensor] | None = None) -> AdapterVersion:

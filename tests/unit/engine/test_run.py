@@ -8,7 +8,7 @@ from torch import Tensor
 
 from splitlearn.engine.optimizer import BUILDERS
 from splitlearn.engine.run import Run
-from splitlearn.errors import CheckpointError, MessageError, SettingError, StepOutOfOrder
+from splitlearn.errors import CheckpointError, MessageError, RunBroken, SettingError, StepOutOfOrder
 from splitlearn.vocabulary import OptimizerSettings, Phase, RunSettings, StepKey
 from splitlearn.wire.messages import AnswerMessage, OptimizerStep
 
@@ -174,6 +174,35 @@ def test_a_run_without_weights_counts_its_steps():
     run.accumulate([], 1.0)
     run.apply(OptimizerStep(1.0, 0.1))
     assert (run.step, run.version) == (1, 0)
+
+
+def break_optimizer(run: Run) -> None:
+    """Its state of one weight is of another shape: torch steps those before it, then fails."""
+    run.optimizer.state[run.masters["lower.lora_B"]]["exp_avg"] = torch.zeros(7)
+
+
+def test_an_optimizer_that_fails_halfway_breaks_the_run_until_a_snapshot_is_restored():
+    run, undisturbed = (a_run(OptimizerSettings("adamw_torch")) for _ in range(2))
+    train(run, 1)
+    snapshot, published = run.snapshot(), weights_of(run)
+    break_optimizer(run)
+    with pytest.raises(RunBroken, match=r"step 2 of run notes.*resume_from_checkpoint"):
+        train(run, 2)
+    moved = [not torch.equal(run.masters[name], published[name]) for name in SHAPES]
+    assert moved == [True, False, False], "or it would not be half stepped"
+    assert (run.step, run.version, run.facts().state) == (1, 1, "broken")
+    assert same(weights_of(run), published), "what was published stays what it was"
+    for do in (run.snapshot, run.download, run.require_whole):
+        with pytest.raises(RunBroken):
+            do()
+    run.rejoin(YOU)
+    with pytest.raises(RunBroken):
+        run.require_whole()
+    run.restore(snapshot)
+    run.require_whole()
+    train(run, 2, 3)
+    train(undisturbed, 1, 2, 3)
+    assert same(weights_of(run), weights_of(undisturbed))
 
 
 # ---------------------------------------------------------------- order

@@ -23,6 +23,7 @@ from splitlearn.engine.trunk_state import BARE, TrunkState
 from splitlearn.errors import (
     MessageError,
     ResourceExhausted,
+    RunBroken,
     RunLost,
     StaleGradient,
     StepOutOfOrder,
@@ -666,6 +667,21 @@ def test_who_joins_fences_the_older_incarnation_off_and_discards_its_gradients(d
     with pytest.raises(TapeExpired):
         desk.backward(run, microbatch=0)
     desk.train(run, X)
+    assert (run.step, run.version) == (2, 2)
+
+
+def test_a_run_whose_optimizer_failed_halfway_does_no_further_step_until_it_is_restored(desk):
+    run = desk.open(optimizer=OptimizerSettings("adamw_torch"))
+    desk.train(run, X)
+    snapshot = run.snapshot()
+    run.optimizer.state[list(run.masters.values())[1]]["exp_avg"] = torch.zeros(7)
+    with pytest.raises(RunBroken):
+        desk.train(run, Y)
+    for phase, tensor in ((Phase.FORWARD, X), (Phase.EVALUATE, X), (Phase.OPTIMIZER_STEP, None)):
+        with pytest.raises(RunBroken, match="restore its last checkpoint"):
+            desk.ask(run, phase, tensor, optimizer=OptimizerStep(1.0, 0.1))
+    desk.table.restore(YOU, snapshot)
+    desk.train(run, Y)
     assert (run.step, run.version) == (2, 2)
 
 

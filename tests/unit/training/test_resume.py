@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from splitlearn import AutoSplitModelForCausalLM, SplitTrainer, TrunkServer
-from splitlearn.errors import CheckpointError
+from splitlearn.engine.run import Run
+from splitlearn.errors import CheckpointError, RunBroken
 from splitlearn.testing.tiny import tiny_model
 from splitlearn.training.checkpoint import NOTE, WEIGHTS
 
+WAIT_S = 20
 IDS = torch.randint(4, 100, (8, 6), generator=torch.Generator().manual_seed(1))
 DATA = [{"input_ids": row, "labels": row} for row in IDS]
 Loaded = Callable[..., AbstractContextManager[Any]]
@@ -158,3 +160,50 @@ def test_a_checkpoint_that_was_named_is_taken_or_refused(server, loaded, output,
     with pytest.raises(CheckpointError, match="torn"):
         resume(loaded, output, str(output / "checkpoint-3"))
     assert resume(loaded, output, str(output / "checkpoint-1"))[0] == 1
+
+
+# ---------------------------------------------------------------- a run that is half stepped
+
+
+class BreakOptimizer(TrainerCallback):
+    """After this step torch's optimizer on the server fails at the next, in the middle of its weights."""
+
+    def __init__(self, server: TrunkServer, step: int) -> None:
+        self.server, self.step = server, step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        def tamper(run: Run) -> None:
+            run.optimizer.state[list(run.masters.values())[1]]["exp_avg"] = torch.zeros(7)
+
+        if state.global_step == self.step:
+            self.step = 0
+            self.server.engine.with_run(model.trunk.run.name, tamper).result(WAIT_S)
+
+
+def test_a_training_goes_back_by_itself_where_the_trunks_optimizer_failed_halfway(
+    server, loaded, tmp_path
+) -> None:
+    with loaded() as model:
+        one = trainer(model, tmp_path / "out", 4, save_steps=2, optim="adamw_torch")
+        one.add_callback(BreakOptimizer(server, 3))
+        one.train()
+        weights = model.adapter_weights()
+    with load(server, f"{tmp_path.name}-plain") as model:
+        trainer(model, tmp_path / "plain", 4, save_strategy="no", optim="adamw_torch").train()
+        expected = model.adapter_weights()
+    assert all(torch.equal(weights[name], each) for name, each in expected.items())
+
+
+def test_without_a_checkpoint_the_user_is_told_what_to_do_and_can_begin_anew(
+    server, loaded, tmp_path
+) -> None:
+    with loaded() as model:
+        one = trainer(model, tmp_path / "out", 3, save_strategy="no", optim="adamw_torch")
+        one.add_callback(BreakOptimizer(server, 1))
+        with pytest.raises(RunBroken, match=r"start_over\(\)"):
+            one.train()
+        with pytest.raises(RunBroken):
+            model.trunk.save()
+        model.trunk.start_over()
+        trainer(model, tmp_path / "again", 1, save_strategy="no", optim="adamw_torch").train()
+        assert model.trunk.run.step == 1

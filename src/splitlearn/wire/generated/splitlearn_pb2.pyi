@@ -78,6 +78,7 @@ class ErrorCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TAPE_EXPIRED: _ClassVar[ErrorCode]
     STALE_GRADIENT: _ClassVar[ErrorCode]
     CHECKPOINT: _ClassVar[ErrorCode]
+    RUN_BROKEN: _ClassVar[ErrorCode]
 DTYPE_UNSPECIFIED: DType
 FLOAT32: DType
 BFLOAT16: DType
@@ -132,6 +133,7 @@ RUN_LOST: ErrorCode
 TAPE_EXPIRED: ErrorCode
 STALE_GRADIENT: ErrorCode
 CHECKPOINT: ErrorCode
+RUN_BROKEN: ErrorCode
 
 class CodecParameters(_message.Message):
     __slots__ = ("group_size", "bits", "ratio", "scales")
