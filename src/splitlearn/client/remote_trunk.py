@@ -21,6 +21,7 @@ from splitlearn.errors import RunLost, SettingError, UnsupportedCall
 from splitlearn.vocabulary import LoraSettings, StepKey, Timings, Versions
 from splitlearn.wire.host_memory import to_host
 from splitlearn.wire.messages import (
+    SAVED,
     AdapterMessage,
     AnswerMessage,
     OpenRun,
@@ -193,15 +194,12 @@ class RemoteTrunk(nn.Module):
 
     def _open_or_join(self, planned: OpenRun) -> RunFacts:
         try:
+            # To join turns away who trains it now, so that comes last.
+            self._require_joinable(self.transport.run_facts(planned.name), planned)
             joined = self.transport.join_run(planned.name)
         except RunLost:
             self._opened_here = True
         else:
-            if self._start is not None:
-                raise SettingError(
-                    f"run {planned.name} is open already and cannot start from another adapter: "
-                    "take another run name, or call model.trunk.start_over()"
-                )
             self.joined_at_step = joined.step
             return joined
         if self._start is None or not planned.settings.lora.r:
@@ -211,6 +209,16 @@ class RemoteTrunk(nn.Module):
             return self.transport.open_run(replace(planned, start_from=self._start.name))
         finally:
             self.transport.unload_adapter(self._start.name)
+
+    def _require_joinable(self, there: RunFacts, planned: OpenRun) -> None:
+        if there.state == SAVED:
+            return
+        require_same(there.name, there.settings, planned.settings)
+        if self._start is not None:
+            raise SettingError(
+                f"run {there.name} is open already and cannot start from another adapter: "
+                "take another run name, or call model.trunk.start_over()"
+            )
 
     def exchange(self, activation_BTD: Tensor, call: Call) -> Tensor:
         sent_BTD = to_host(activation_BTD)

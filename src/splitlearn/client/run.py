@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import fields, replace
 from itertools import count
 
 import xxhash
@@ -19,7 +20,7 @@ from splitlearn.errors import (
     TrunkUnreachable,
     UnappliedGradients,
 )
-from splitlearn.vocabulary import Phase, RunSettings, StepKey, Timings
+from splitlearn.vocabulary import LoraSettings, Phase, RunSettings, StepKey, Timings
 from splitlearn.wire.messages import AnswerMessage, OptimizerStep, RunFacts, RunStepMessage
 
 # B rows   T tokens   D hidden
@@ -227,14 +228,30 @@ def require_same(name: str, there: RunSettings, wanted: RunSettings) -> None:
     """Each step brings its learning rate; what else a run was opened with stays.
 
     Raises:
-        SettingError: what is wanted now is something else.
+        SettingError: what is wanted now is something else; it names what.
     """
     if replace(there.optimizer, learning_rate=0.0) != replace(wanted.optimizer, learning_rate=0.0):
         raise SettingError(
             f"run {name} was opened with {there.optimizer}, now {wanted.optimizer} is wanted: "
             "make the trainer before the model is first called, or take another run name"
         )
-    if there.lora != wanted.lora or there.precision.autocast != wanted.precision.autocast:
+    differing = list(_differences(there, wanted))
+    if differing:
         raise SettingError(
-            f"run {name} was opened with other LoRA settings or another autocast: take another run name"
+            f"run {name} was opened with other settings ({'; '.join(differing)}): "
+            "load the model with those that it has, or take another run name"
         )
+
+
+def _differences(there: RunSettings, wanted: RunSettings) -> Iterator[str]:
+    """What would make another run of it; how the tape is kept, and the accumulation, would not."""
+    for each in fields(LoraSettings):
+        has, asked = getattr(there.lora, each.name), getattr(wanted.lora, each.name)
+        if has != asked:
+            yield f"LoRA's {each.name}: {has}, not {asked}"
+    if there.precision.autocast != wanted.precision.autocast:
+        yield f"autocast: {there.precision.autocast or 'off'}, not {wanted.precision.autocast or 'off'}"
+    if there.seed != wanted.seed:
+        yield f"seed: {there.seed}, not {wanted.seed}"
+    if there.allow_download != wanted.allow_download:
+        yield f"allow_download: {there.allow_download}, not {wanted.allow_download}"

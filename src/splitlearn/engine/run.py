@@ -15,7 +15,7 @@ from splitlearn.engine.checkpoint import RunSnapshot
 from splitlearn.engine.trunk_state import AdapterVersion
 from splitlearn.errors import AccessDenied, CheckpointError, MessageError, RunBroken, StepOutOfOrder
 from splitlearn.vocabulary import RunSettings
-from splitlearn.wire.messages import AdapterMessage, AnswerMessage, OptimizerStep, RunFacts
+from splitlearn.wire.messages import BROKEN, OPEN, AdapterMessage, AnswerMessage, OptimizerStep, RunFacts
 
 NO_GRADIENT = -1.0
 STATE_OF = "|"
@@ -64,7 +64,7 @@ class Run:
         return self.step + 1
 
     def facts(self) -> RunFacts:
-        state = "broken" if self._is_broken else "open"
+        state = BROKEN if self._is_broken else OPEN
         return RunFacts(
             self.name, self.number, self.incarnation, state, self.step, self.version, self.settings
         )

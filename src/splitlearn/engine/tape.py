@@ -88,6 +88,8 @@ class Tape:
 
     def keep_answer(self, key: TapeKey, answer: AnswerMessage) -> None:
         """For a client that loses it; where there is no room beside the forwards, it is not kept."""
+        if key in self._answers:
+            self._drop_answer(key)
         self._drop_answers_for(_bytes_of(answer))
         if self.bytes + _bytes_of(answer) <= self._budget_bytes:
             self._answers[key] = answer

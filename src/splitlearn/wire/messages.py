@@ -12,6 +12,9 @@ from splitlearn.vocabulary import LoraSettings, Precision, RunSettings, StepKey,
 
 # B rows   T tokens   D hidden
 
+OPEN, BROKEN, SAVED = "open", "broken", "saved"
+"""Where a run is: in memory, in memory and half stepped, on disk alone."""
+
 
 @dataclass(frozen=True, slots=True)
 class OpenSession:

@@ -667,7 +667,7 @@ class Member(_message.Message):
     def __init__(self, client: _Optional[bytes] = ..., incarnation: _Optional[int] = ..., state: _Optional[str] = ..., last_step: _Optional[int] = ..., lease_left_s: _Optional[float] = ...) -> None: ...
 
 class RunReply(_message.Message):
-    __slots__ = ("name", "run", "state", "step", "version", "incarnation", "members", "checkpoints", "lora", "optimizer", "cohort", "bytes_on_disk", "precision")
+    __slots__ = ("name", "run", "state", "step", "version", "incarnation", "members", "checkpoints", "lora", "optimizer", "cohort", "bytes_on_disk", "precision", "seed", "allow_download")
     NAME_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -681,6 +681,8 @@ class RunReply(_message.Message):
     COHORT_FIELD_NUMBER: _ClassVar[int]
     BYTES_ON_DISK_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_DOWNLOAD_FIELD_NUMBER: _ClassVar[int]
     name: str
     run: int
     state: str
@@ -694,7 +696,9 @@ class RunReply(_message.Message):
     cohort: CohortSettings
     bytes_on_disk: int
     precision: Precision
-    def __init__(self, name: _Optional[str] = ..., run: _Optional[int] = ..., state: _Optional[str] = ..., step: _Optional[int] = ..., version: _Optional[int] = ..., incarnation: _Optional[int] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[int]] = ..., lora: _Optional[_Union[LoraSettings, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSettings, _Mapping]] = ..., cohort: _Optional[_Union[CohortSettings, _Mapping]] = ..., bytes_on_disk: _Optional[int] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ...) -> None: ...
+    seed: int
+    allow_download: bool
+    def __init__(self, name: _Optional[str] = ..., run: _Optional[int] = ..., state: _Optional[str] = ..., step: _Optional[int] = ..., version: _Optional[int] = ..., incarnation: _Optional[int] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[int]] = ..., lora: _Optional[_Union[LoraSettings, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSettings, _Mapping]] = ..., cohort: _Optional[_Union[CohortSettings, _Mapping]] = ..., bytes_on_disk: _Optional[int] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ..., seed: _Optional[int] = ..., allow_download: bool = ...) -> None: ...
 
 class ListRunsRequest(_message.Message):
     __slots__ = ("client",)
