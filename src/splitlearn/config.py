@@ -101,6 +101,8 @@ class RunConfig(Settings):
     """Largest adapter that may be loaded."""
     max_checkpoints: PositiveInt = 100
     """Checkpoints that one run may have on disk."""
+    disk_budget_bytes: PositiveInt = 100 * GIB
+    """Disk for all that lies in `state_dir`, of all runs together; a save that does not fit is refused."""
 
 
 class AnomalyConfig(Settings):

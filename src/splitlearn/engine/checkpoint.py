@@ -18,11 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from splitlearn.disk import digest, sync
+from splitlearn.engine.disk_budget import DiskBudget
 from splitlearn.errors import CheckpointError
 from splitlearn.vocabulary import LoraSettings, OptimizerSettings, Precision, RunSettings, TapeSettings
 
 FORMAT = 1
 WEIGHTS, OPTIMIZER, NOTE = "adapter.safetensors", "optimizer.safetensors", "run.json"
+HEADER_BYTES, NOTE_BYTES = 128, 1024
+"""More than a tensor's entry takes in its file, and more than a note takes beside its settings."""
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 
 
@@ -42,8 +45,9 @@ class RunSnapshot:
 class RunStore:
     """Checkpoints below one folder, `NAME/step-NNNNNNNN` each. Called by any thread but the engine's."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, budget: DiskBudget | None = None) -> None:
         self._folder = folder
+        self._budget = budget
 
     def steps(self, name: str) -> tuple[int, ...]:
         """The steps at which this run has a checkpoint, oldest first."""
@@ -55,35 +59,28 @@ class RunStore:
         return sorted(each.name for each in self._folder.iterdir() if self.steps(each.name))
 
     def write(self, snapshot: RunSnapshot) -> None:
-        """Raises CheckpointError where it cannot be written; what was there before stays as it is."""
+        """Have it on the disk, in place of an older one of this step.
+
+        Raises:
+            CheckpointError: it cannot be written; ResourceExhausted: all runs together would take too much
+                disk. What was there before stays as it is.
+        """
         target = self._folder / snapshot.name / f"step-{snapshot.step:08d}"
         unfinished = target.with_name(f"unfinished-{secrets.token_hex(8)}")
-        try:
-            unfinished.mkdir(parents=True)
-            save_file(dict(snapshot.weights), unfinished / WEIGHTS)
-            save_file(dict(snapshot.optimizer), unfinished / OPTIMIZER)
-            note = {
-                "format": FORMAT,
-                "step": snapshot.step,
-                "version": snapshot.version,
-                "skipped": snapshot.skipped,
-                "settings": asdict(snapshot.settings),
-                "digests": {name: digest(unfinished / name) for name in (WEIGHTS, OPTIMIZER)},
-            }
-            note["digest"] = _digest_of_note(note)
-            (unfinished / NOTE).write_text(json.dumps(note, indent=1))
-            for file in unfinished.iterdir():
-                sync(file)
-            if target.exists():
-                target.rename(unfinished.with_name(f"{unfinished.name}-former"))
-            unfinished.rename(target)
-            sync(target.parent)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise CheckpointError(
-                f"step {snapshot.step} of run {snapshot.name} could not be saved ({_why(error)}): "
-                "make room in the server's --state-dir; the checkpoint before it is still there"
-            ) from None
+        what = f"step {snapshot.step} of run {snapshot.name}"
+        with self._room_for(snapshot, unfinished, what):
+            try:
+                _write_files(snapshot, unfinished)
+                if target.exists():
+                    target.rename(unfinished.with_name(f"{unfinished.name}-former"))
+                unfinished.rename(target)
+                sync(target.parent)
+            except (OSError, SafetensorError) as error:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                raise CheckpointError(
+                    f"{what} could not be saved ({_why(error)}): "
+                    "make room in the server's --state-dir; the checkpoint before it is still there"
+                ) from None
 
     def read(self, name: str, step: int) -> RunSnapshot:
         """Raises CheckpointError where it is not there, torn, changed, or of a newer version."""
@@ -133,12 +130,45 @@ class RunStore:
                 size += file.stat().st_size if file.is_file() else 0
         return size
 
+    def _room_for(
+        self, snapshot: RunSnapshot, unfinished: Path, what: str
+    ) -> contextlib.AbstractContextManager[None]:
+        if self._budget is None:
+            return contextlib.nullcontext()
+        return self._budget.reserved(unfinished, _bytes_of(snapshot), what)
+
     def _checkpoints(self, name: str) -> Iterator[tuple[int, Path]]:
         folder = self._folder / name
         if folder.is_dir():
             for each in folder.iterdir():
                 if (found := STEP_FOLDER.fullmatch(each.name)) and (each / NOTE).is_file():
                     yield int(found[1]), each
+
+
+def _write_files(snapshot: RunSnapshot, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    save_file(dict(snapshot.weights), folder / WEIGHTS)
+    save_file(dict(snapshot.optimizer), folder / OPTIMIZER)
+    note = {
+        "format": FORMAT,
+        "step": snapshot.step,
+        "version": snapshot.version,
+        "skipped": snapshot.skipped,
+        "settings": asdict(snapshot.settings),
+        "digests": {name: digest(folder / name) for name in (WEIGHTS, OPTIMIZER)},
+    }
+    note["digest"] = _digest_of_note(note)
+    (folder / NOTE).write_text(json.dumps(note, indent=1))
+    for file in folder.iterdir():
+        sync(file)
+
+
+def _bytes_of(snapshot: RunSnapshot) -> int:
+    """At least what its files will take."""
+    tensors = {**snapshot.weights, **snapshot.optimizer}
+    note = len(json.dumps(asdict(snapshot.settings), indent=1))
+    headers = sum(HEADER_BYTES + len(name.encode()) for name in tensors)
+    return sum(each.nbytes for each in tensors.values()) + headers + 2 * note + NOTE_BYTES
 
 
 def _digest_of_note(note: Mapping[str, Any]) -> str:

@@ -12,8 +12,9 @@ from peft import LoraConfig
 from transformers import TrainerCallback, TrainingArguments
 
 from splitlearn import AutoSplitModelForCausalLM, SplitTrainer, TrunkServer
+from splitlearn.engine.disk_budget import DiskBudget
 from splitlearn.engine.run import Run
-from splitlearn.errors import CheckpointError, RunBroken
+from splitlearn.errors import CheckpointError, ResourceExhausted, RunBroken
 from splitlearn.testing.tiny import tiny_model
 from splitlearn.training.checkpoint import NOTE, WEIGHTS
 
@@ -207,3 +208,18 @@ def test_without_a_checkpoint_the_user_is_told_what_to_do_and_can_begin_anew(
         model.trunk.start_over()
         trainer(model, tmp_path / "again", 1, save_strategy="no", optim="adamw_torch").train()
         assert model.trunk.run.step == 1
+
+
+# ---------------------------------------------------------------- a full disk
+
+
+def test_a_save_without_room_ends_the_training_and_leaves_the_checkpoint_before_it(
+    server, loaded, output, tmp_path, monkeypatch
+) -> None:
+    with monkeypatch.context() as full:
+        full.setattr(server._hall.runs, "_budget", DiskBudget(server.config.state_dir, 1))
+        with pytest.raises(ResourceExhausted, match=r"step 4 of run .*--disk-budget"):
+            resume(loaded, output)
+    with loaded() as model:
+        assert model.trunk.transport.run_facts(tmp_path.name).checkpoints == (1, 2, 3)
+    assert resume(loaded, output)[0] == 3
