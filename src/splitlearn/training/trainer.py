@@ -247,12 +247,13 @@ class SplitTrainerMixin:
     def _clip(self, model: nn.Module, max_norm: float) -> Tensor:
         accelerator = self.accelerator  # type: ignore[attr-defined]
         self._verdict = Verdict()
+        trunk_norms = self._trunk.grad_norms()
         if accelerator.scaler is not None:
-            if not self._trunk.grad_norms().isfinite().all():
+            if not trunk_norms.isfinite().all():
                 # The scaler looks at gradients here alone: let it see that the trunk's overflowed.
                 _spoil(model, self._trunk)
             accelerator.unscale_gradients()
-        norm = clip_grad_norm(model, max_norm)
+        norm = clip_grad_norm(model, max_norm, trunk_norms)
         if accelerator.scaler is None or bool(torch.isfinite(norm)):
             # Overflows are the scaler's everyday business.
             self._judge(float(norm))
