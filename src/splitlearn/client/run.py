@@ -26,6 +26,7 @@ from splitlearn.wire.messages import AnswerMessage, OptimizerStep, RunFacts, Run
 # B rows   T tokens   D hidden
 
 ASK_AGAIN_S = (0.2, 1.0)
+RESUME = "Then train on from the newest checkpoint: resume_from_checkpoint=True, or --resume"
 CHANGES = (Phase.BACKWARD, Phase.OPTIMIZER_STEP)
 log = logging.getLogger("splitlearn")
 
@@ -174,11 +175,11 @@ class ClientRun:
             try:
                 answer = self._transport.run_step(message)
                 break
-            except (TrunkUnreachable, StepTimeout):
+            except (TrunkUnreachable, StepTimeout) as error:
                 if pause_s is None:
                     # Whether it was done is not known here.
                     self._is_torn = self._is_torn or message.key.phase in CHANGES
-                    raise
+                    raise error.advised(RESUME) from None
                 time.sleep(pause_s)
         self.version = answer.versions.version
         self.last_timings = answer.timings
