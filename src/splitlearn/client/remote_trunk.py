@@ -58,7 +58,7 @@ class RemoteTrunk(nn.Module):
         self._opened_here = False
         self.joined_at_step = 0
         """Optimizer steps that the run had done, before this model, when it was joined."""
-        self._acknowledged = 0
+        self._acknowledged: tuple[int, ...] = ()
         self._start: AdapterMessage | None = None
         self.layers = trunk
         self._config = config
@@ -141,9 +141,12 @@ class RemoteTrunk(nn.Module):
         """
         return self.transport.save_run(self.run.name, self.run.step, self._acknowledged)
 
-    def acknowledge(self, step: int) -> None:
-        """Nobody goes back to before this step: the server may delete older checkpoints at the next save."""
-        self._acknowledged = step
+    def acknowledge(self, *steps: int) -> None:
+        """Both sides have checkpoints of these: the server may delete others that are older than the newest.
+
+        It does so at the next save.
+        """
+        self._acknowledged = steps
 
     def restore(self, name: str, step: int) -> None:
         """Make the run of this name, as it was saved at this step, the model's run.

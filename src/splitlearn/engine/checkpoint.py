@@ -7,7 +7,7 @@ import json
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -108,10 +108,15 @@ class RunStore:
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             raise CheckpointError(_torn(name, step)) from None
 
-    def forget_before(self, name: str, step: int) -> None:
-        """Both sides hold this step: older checkpoints, and writes that never ended, may go."""
+    def forget_before(self, name: str, step: int, kept: Container[int] = ()) -> None:
+        """Both sides hold this step: older checkpoints but `kept`, and writes that never ended, may go.
+
+        Where it is not here, nothing goes: it is not what both sides have.
+        """
+        if step not in self.steps(name):
+            return
         for older, folder in self._checkpoints(name):
-            if older < step:
+            if older < step and older not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
         for unfinished in (self._folder / name).glob("unfinished-*"):
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -70,15 +70,16 @@ class RunCalls(rpc.TrunkServicer):
     async def SaveRun(self, request: pb.SaveRunRequest, context: Context) -> pb.RunReply:
         """The run as it stands after the step that its client has just had done."""
         name, engine = run_name(request.name), self._hall.engine
-        await asyncio.to_thread(self._require_place, name)
         snapshot = await asyncio.wrap_future(engine.with_run(name, Run.snapshot))
         if request.step != snapshot.step:
             raise StepOutOfOrder(
                 f"run {name} stands at step {snapshot.step}, not {request.step}: nothing was saved",
                 facts={"current_step": snapshot.step},
             )
+        kept = frozenset(request.kept_steps)
+        await asyncio.to_thread(self._store.forget_before, name, request.acknowledged_step, kept)
+        await asyncio.to_thread(self._require_place, name)
         await asyncio.to_thread(self._store.write, snapshot)
-        await asyncio.to_thread(self._store.forget_before, name, request.acknowledged_step)
         return await self._reply(engine.with_run(name, Run.facts))
 
     @refusing

@@ -161,7 +161,7 @@ class SplitTrainerMixin:
             use_mtime=True,
         )
         kept = [note.step for _, note in whole_checkpoints(output_dir) if note.run == run.name]
-        self._trunk.acknowledge(min(kept))
+        self._trunk.acknowledge(*kept)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)

@@ -335,6 +335,15 @@ def test_forgetting_before_nothing_forgets_nothing(store):
     assert store.steps("notes") == (3,)
 
 
+def test_only_what_neither_side_goes_back_to_is_let_go(store):
+    for step in (3, 6, 9, 12):
+        store.write(snapshot(step))
+    store.forget_before("notes", 99)
+    assert store.steps("notes") == (3, 6, 9, 12), "there is no step 99: it is no common one"
+    store.forget_before("notes", 9, kept=(3, 9))
+    assert store.steps("notes") == (3, 9, 12)
+
+
 def test_a_deleted_run_leaves_nothing_and_says_what_it_freed(store, folder):
     for step in (3, 6):
         store.write(snapshot(step))

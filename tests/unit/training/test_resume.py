@@ -14,11 +14,11 @@ from transformers import TrainerCallback, TrainingArguments
 from splitlearn import AutoSplitModelForCausalLM, SplitTrainer, TrunkServer
 from splitlearn.engine.disk_budget import DiskBudget
 from splitlearn.engine.run import Run
-from splitlearn.errors import CheckpointError, ResourceExhausted, RunBroken
+from splitlearn.errors import CheckpointError, ResourceExhausted, RunBroken, StepOutOfOrder
 from splitlearn.testing.tiny import tiny_model
 from splitlearn.training.checkpoint import NOTE, WEIGHTS
 
-WAIT_S = 20
+WAIT_S, MAX_CHECKPOINTS = 20, 6
 IDS = torch.randint(4, 100, (8, 6), generator=torch.Generator().manual_seed(1))
 DATA = [{"input_ids": row, "labels": row} for row in IDS]
 Loaded = Callable[..., AbstractContextManager[Any]]
@@ -30,7 +30,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrunkServer]:
     folder = tiny_model("llama", tmp_path_factory.mktemp("model"))
     sessions = {"session_tokens": 64, "kv_budget_bytes": 1 << 20}
     state = tmp_path_factory.mktemp("state")
-    with TrunkServer(folder, port=0, device="cpu", sessions=sessions, state_dir=state) as running:
+    runs = {"max_checkpoints": MAX_CHECKPOINTS}
+    with TrunkServer(folder, port=0, device="cpu", sessions=sessions, runs=runs, state_dir=state) as running:
         yield running
 
 
@@ -65,7 +66,9 @@ def trainer(model: Any, output: Path, steps: int, **how: Any) -> SplitTrainer:
         "use_cpu": True,
         "disable_tqdm": True,
     }
-    return SplitTrainer(model, TrainingArguments(str(output), **(told | how)), train_dataset=DATA)
+    return SplitTrainer(
+        model, TrainingArguments(str(output), **(told | how)), train_dataset=DATA, eval_dataset=DATA[:2]
+    )
 
 
 @pytest.fixture
@@ -223,3 +226,94 @@ def test_a_save_without_room_ends_the_training_and_leaves_the_checkpoint_before_
     with loaded() as model:
         assert model.trunk.transport.run_facts(tmp_path.name).checkpoints == (1, 2, 3)
     assert resume(loaded, output)[0] == 3
+
+
+# ---------------------------------------------------------------- which checkpoints stay
+
+
+def step(model: Any) -> None:
+    model(IDS[:1], labels=IDS[:1]).loss.backward()
+    model.trunk.step()
+
+
+def test_the_server_keeps_a_checkpoint_until_both_sides_have_a_newer_one(loaded) -> None:
+    with loaded() as model:
+        for _ in range(2):
+            step(model)
+            kept = model.trunk.save().checkpoints
+        assert kept == (1, 2), "nobody said that the client has step 2, too"
+        step(model)
+        model.trunk.acknowledge(99)
+        assert model.trunk.save().checkpoints == (1, 2, 3), "the server has no step 99: it is no common one"
+        model.trunk.acknowledge(2)
+        step(model)
+        assert model.trunk.save().checkpoints == (2, 3, 4)
+
+
+def test_a_save_that_is_refused_lets_nothing_go_that_is_still_needed(loaded) -> None:
+    with loaded() as model:
+        for _ in range(2):
+            step(model)
+            model.trunk.save()
+        model.trunk.acknowledge(2)
+        run = model.trunk.run
+        run.step += 1
+        with pytest.raises(StepOutOfOrder):
+            model.trunk.save()
+        run.step -= 1
+        assert model.trunk.transport.run_facts(run.name).checkpoints == (1, 2)
+
+
+def test_what_is_no_longer_needed_goes_before_a_save_is_refused_for_want_of_room(loaded) -> None:
+    with loaded() as model:
+        for _ in range(MAX_CHECKPOINTS):
+            step(model)
+            model.trunk.save()
+        step(model)
+        with pytest.raises(ResourceExhausted, match=r"save_total_limit"):
+            model.trunk.save()
+        model.trunk.acknowledge(MAX_CHECKPOINTS)
+        assert model.trunk.save().checkpoints == (MAX_CHECKPOINTS, MAX_CHECKPOINTS + 1)
+
+
+def folders(output: Path) -> set[str]:
+    return {each.name for each in output.glob("checkpoint-*")}
+
+
+def test_the_last_k_stay_on_both_sides(loaded, tmp_path) -> None:
+    with loaded() as model:
+        trainer(model, tmp_path / "out", 5, save_total_limit=2).train()
+        kept = model.trunk.transport.run_facts(tmp_path.name).checkpoints
+    assert folders(tmp_path / "out") == {"checkpoint-4", "checkpoint-5"}
+    assert kept == (3, 4, 5), "one more, until the next save says that step 4 is on both sides"
+
+
+def test_the_best_and_the_last_k_stay_on_both_sides_and_the_best_is_what_training_ends_with(
+    loaded, tmp_path
+) -> None:
+    """The highest loss counts as the best here: it is that of the first step."""
+    first: list[Weights] = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *args: Any, model: Any, **kwargs: Any) -> None:
+            first.append(model.adapter_weights())
+
+    how = {
+        "save_total_limit": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+        "greater_is_better": True,
+    }
+    with loaded() as model:
+        one = trainer(model, tmp_path / "out", 6, **how)
+        one.train_dataset = DATA[:2]
+        one.add_callback(Look())
+        one.train()
+        assert one.state.best_model_checkpoint.endswith("checkpoint-1")
+        assert model.trunk.run.step == 1
+        weights = model.adapter_weights()
+        kept = model.trunk.transport.run_facts(tmp_path.name).checkpoints
+    assert all(torch.equal(weights[name], each) for name, each in first[0].items())
+    assert folders(tmp_path / "out") == {"checkpoint-1", "checkpoint-6"}
+    assert kept == (1, 5, 6)

@@ -631,16 +631,18 @@ class RunRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., client: _Optional[bytes] = ...) -> None: ...
 
 class SaveRunRequest(_message.Message):
-    __slots__ = ("name", "client", "step", "acknowledged_step")
+    __slots__ = ("name", "client", "step", "acknowledged_step", "kept_steps")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     ACKNOWLEDGED_STEP_FIELD_NUMBER: _ClassVar[int]
+    KEPT_STEPS_FIELD_NUMBER: _ClassVar[int]
     name: str
     client: bytes
     step: int
     acknowledged_step: int
-    def __init__(self, name: _Optional[str] = ..., client: _Optional[bytes] = ..., step: _Optional[int] = ..., acknowledged_step: _Optional[int] = ...) -> None: ...
+    kept_steps: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., client: _Optional[bytes] = ..., step: _Optional[int] = ..., acknowledged_step: _Optional[int] = ..., kept_steps: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RestoreRunRequest(_message.Message):
     __slots__ = ("name", "client", "step")
