@@ -115,3 +115,19 @@ def test_a_checkpoint_of_another_seed_is_not_restored_silently(loaded) -> None:
         with pytest.raises(SettingError, match="seed: 7, not 8"):
             other.trunk.restore("saved", 1)
         other.trunk.start_over()
+
+
+def test_what_a_dead_incarnation_accumulated_is_discarded(loaded) -> None:
+    """Its client is gone between a backward and its step; the next one's step uses its own gradient alone."""
+    ends = []
+    for run, dies in (("plain", False), ("fenced", True)):
+        with loaded(run) as dead:
+            step(dead)
+            if dies:
+                dead(IDS.flip(1), labels=IDS.flip(1)).loss.backward()
+        with loaded(run) as other:
+            step(other)
+            ends.append(other.trunk.transport.download_adapter(run).weights)
+            assert other.trunk.run.step == 2
+            other.trunk.start_over()
+    assert all(torch.equal(ends[1][name], each) for name, each in ends[0].items())
