@@ -85,7 +85,8 @@ class RunConfig(Settings):
     """What training runs may hold on the trunk, and for how long."""
 
     tape_budget_bytes: PositiveInt = 8 * GIB
-    """Memory for what forwards keep until their gradients come; over it, the oldest are forwarded again."""
+    """Memory for what forwards keep until their gradients come, and for the answers to those; over it, the
+    oldest are forwarded again."""
     tape_lease_s: PositiveFloat = 600.0
     """How long a forward waits for its gradient before what it kept is let go."""
     staleness_limit: NonNegativeInt = 1
@@ -100,6 +101,8 @@ class RunConfig(Settings):
     """Largest adapter that may be loaded."""
     max_checkpoints: PositiveInt = 100
     """Checkpoints that one run may have on disk."""
+    disk_budget_bytes: PositiveInt = 100 * GIB
+    """Disk for all that lies in `state_dir`, of all runs together; a save that does not fit is refused."""
 
 
 class AnomalyConfig(Settings):

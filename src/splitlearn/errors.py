@@ -27,6 +27,11 @@ class SplitLearnError(Exception):
         """The same error as a new object: raised on several threads, one would collect all their frames."""
         return type(self)(self.message, facts=self.facts)
 
+    def advised(self, then: str) -> Self:
+        """The same error where it is known what was being done, and so what to do then."""
+        between = " " if self.message.endswith("?") else ". "
+        return type(self)(f"{self.message}{between}{then}", facts=self.facts)
+
 
 # What the user asked for cannot be done as it stands.
 
@@ -114,6 +119,10 @@ class MessageError(SplitLearnError):
 
 class RunLost(SplitLearnError):
     """The server does not have this run, or another incarnation of its client has taken it over."""
+
+
+class RunBroken(RunLost):
+    """The trunk's optimizer failed halfway: restore the run's last checkpoint, or start over."""
 
 
 class TapeExpired(SplitLearnError):

@@ -250,6 +250,20 @@ def test_an_overflow_skips_the_step_on_both_sides_once(
 
 
 @pytest.mark.usefixtures("half")
+def test_with_loss_scaling_too_the_trunk_is_asked_for_its_norms_once_a_step(
+    tmp_path: Path, folder: Path, serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve(folder) as server, loaded(folder, server) as model:
+        asked: list[Phase] = []
+        answered = model.trunk.transport.run_step
+        monkeypatch.setattr(
+            model.trunk.transport, "run_step", lambda m: asked.append(m.key.phase) or answered(m)
+        )
+        SplitInHalf(model, arguments(tmp_path, max_steps=3), train_dataset=DATA).train()
+    assert asked.count(Phase.GRADIENT_NORMS) == asked.count(Phase.OPTIMIZER_STEP) == 3
+
+
+@pytest.mark.usefixtures("half")
 def test_an_overflow_of_the_trunk_alone_stops_the_clients_step_too(
     tmp_path: Path, folder: Path, serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:

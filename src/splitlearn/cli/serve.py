@@ -61,6 +61,9 @@ def serve(
     tape_budget: Annotated[
         int, setting(RunConfig, "tape_budget_bytes", "--tape-budget", parser=parse_bytes, metavar="BYTES")
     ] = f"{default_of(RunConfig, 'tape_budget_bytes') // GIB}GiB",  # type: ignore[assignment]
+    disk_budget: Annotated[
+        int, setting(RunConfig, "disk_budget_bytes", "--disk-budget", parser=parse_bytes, metavar="BYTES")
+    ] = f"{default_of(RunConfig, 'disk_budget_bytes') // GIB}GiB",  # type: ignore[assignment]
     compile: Annotated[bool, setting(ServerConfig, "compile")] = default_of(ServerConfig, "compile"),
     drain: Annotated[float, setting(ServerConfig, "drain_s", "--drain", metavar="SECONDS")] = default_of(
         ServerConfig, "drain_s"
@@ -92,7 +95,7 @@ def serve(
         threads=threads,
         drain_s=drain,
         compile=compile,
-        runs={"tape_budget_bytes": tape_budget},
+        runs={"tape_budget_bytes": tape_budget, "disk_budget_bytes": disk_budget},
         **({} if state_dir is None else {"state_dir": state_dir}),
         sessions={"kv_budget_bytes": kv_budget, "session_tokens": session_tokens, "lease_s": lease},
     )

@@ -30,7 +30,7 @@ def error_of(error: Any, address: str, *, connected: bool = False) -> SplitLearn
     if connected:
         return TrunkUnreachable(
             f"the connection to {address} broke ({_first_line(words) or code.name}): is the server still "
-            "running? Start it again, then generate again from the prompt"
+            "running? Start it again"
         )
     return TrunkUnreachable(
         f"no trunk answers on {address} ({_first_line(words) or code.name}): start it with "

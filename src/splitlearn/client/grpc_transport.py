@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -141,9 +141,13 @@ class GrpcTransport:
         request = pb.RunRequest(name=name, client=self._client)
         return run_facts_from_proto(self._call("GetRun", request))
 
-    def save_run(self, name: str, step: int, acknowledged_step: int) -> RunFacts:
+    def save_run(self, name: str, step: int, acknowledged: Sequence[int]) -> RunFacts:
         request = pb.SaveRunRequest(
-            name=name, client=self._client, step=step, acknowledged_step=acknowledged_step
+            name=name,
+            client=self._client,
+            step=step,
+            acknowledged_step=max(acknowledged, default=0),
+            kept_steps=acknowledged,
         )
         return run_facts_from_proto(self._call("SaveRun", request))
 

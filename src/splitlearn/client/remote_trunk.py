@@ -21,6 +21,7 @@ from splitlearn.errors import RunLost, SettingError, UnsupportedCall
 from splitlearn.vocabulary import LoraSettings, StepKey, Timings, Versions
 from splitlearn.wire.host_memory import to_host
 from splitlearn.wire.messages import (
+    SAVED,
     AdapterMessage,
     AnswerMessage,
     OpenRun,
@@ -57,7 +58,7 @@ class RemoteTrunk(nn.Module):
         self._opened_here = False
         self.joined_at_step = 0
         """Optimizer steps that the run had done, before this model, when it was joined."""
-        self._acknowledged = 0
+        self._acknowledged: tuple[int, ...] = ()
         self._start: AdapterMessage | None = None
         self.layers = trunk
         self._config = config
@@ -140,9 +141,12 @@ class RemoteTrunk(nn.Module):
         """
         return self.transport.save_run(self.run.name, self.run.step, self._acknowledged)
 
-    def acknowledge(self, step: int) -> None:
-        """Nobody goes back to before this step: the server may delete older checkpoints at the next save."""
-        self._acknowledged = step
+    def acknowledge(self, *steps: int) -> None:
+        """Both sides have checkpoints of these: the server may delete others that are older than the newest.
+
+        It does so at the next save.
+        """
+        self._acknowledged = steps
 
     def restore(self, name: str, step: int) -> None:
         """Make the run of this name, as it was saved at this step, the model's run.
@@ -193,15 +197,12 @@ class RemoteTrunk(nn.Module):
 
     def _open_or_join(self, planned: OpenRun) -> RunFacts:
         try:
+            # To join turns away who trains it now, so that comes last.
+            self._require_joinable(self.transport.run_facts(planned.name), planned)
             joined = self.transport.join_run(planned.name)
         except RunLost:
             self._opened_here = True
         else:
-            if self._start is not None:
-                raise SettingError(
-                    f"run {planned.name} is open already and cannot start from another adapter: "
-                    "take another run name, or call model.trunk.start_over()"
-                )
             self.joined_at_step = joined.step
             return joined
         if self._start is None or not planned.settings.lora.r:
@@ -211,6 +212,16 @@ class RemoteTrunk(nn.Module):
             return self.transport.open_run(replace(planned, start_from=self._start.name))
         finally:
             self.transport.unload_adapter(self._start.name)
+
+    def _require_joinable(self, there: RunFacts, planned: OpenRun) -> None:
+        if there.state == SAVED:
+            return
+        require_same(there.name, there.settings, planned.settings)
+        if self._start is not None:
+            raise SettingError(
+                f"run {there.name} is open already and cannot start from another adapter: "
+                "take another run name, or call model.trunk.start_over()"
+            )
 
     def exchange(self, activation_BTD: Tensor, call: Call) -> Tensor:
         sent_BTD = to_host(activation_BTD)

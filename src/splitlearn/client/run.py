@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import fields, replace
 from itertools import count
 
 import xxhash
@@ -19,12 +20,13 @@ from splitlearn.errors import (
     TrunkUnreachable,
     UnappliedGradients,
 )
-from splitlearn.vocabulary import Phase, RunSettings, StepKey, Timings
+from splitlearn.vocabulary import LoraSettings, Phase, RunSettings, StepKey, Timings
 from splitlearn.wire.messages import AnswerMessage, OptimizerStep, RunFacts, RunStepMessage
 
 # B rows   T tokens   D hidden
 
 ASK_AGAIN_S = (0.2, 1.0)
+RESUME = "Then train on from the newest checkpoint: resume_from_checkpoint=True, or --resume"
 CHANGES = (Phase.BACKWARD, Phase.OPTIMIZER_STEP)
 log = logging.getLogger("splitlearn")
 
@@ -50,6 +52,7 @@ class ClientRun:
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
         self._next_microbatch = 0
+        self._going_back: set[int] = set()
         # Numbers of their own: those of microbatches decide what dropout drops.
         self._evaluations = count()
         self._unapplied = 0
@@ -83,6 +86,7 @@ class ClientRun:
             )
         with self._lock:
             microbatch, self._next_microbatch = self._next_microbatch, self._next_microbatch + 1
+            acked_through = self._acked_through
         key = self._key(Phase.FORWARD, microbatch)
         asked = RunStepMessage(
             key=key,
@@ -91,6 +95,7 @@ class ClientRun:
             positions_BT=positions_BT,
             want_input_gradient=want_input_gradient,
             seed=self._seed(key) if training else 0,
+            acked_through=acked_through,
             deadline_s=self._deadline_s,
         )
         return asked, _tensor_of(self._ask(asked))
@@ -104,12 +109,17 @@ class ClientRun:
             loss_scale=self.loss_scale,
             deadline_s=self._deadline_s,
         )
+        with self._lock:
+            self._going_back.add(forward.key.microbatch)
         try:
             answer = self._ask(asked)
         except TapeExpired:
             self._count_forward_again()
             self._ask(forward)
             answer = self._ask(asked)
+        finally:
+            with self._lock:
+                self._going_back.discard(forward.key.microbatch)
         with self._lock:
             # A trunk that is not trained holds no gradient that anybody could forget.
             self._unapplied += bool(self.settings.lora.r)
@@ -132,7 +142,10 @@ class ClientRun:
 
     def gradient_norms(self) -> Tensor:
         """(n,): the norm of each trunk weight's gradient in the model's order, -1 where there is none."""
-        answer = self._ask(RunStepMessage(key=self._key(Phase.GRADIENT_NORMS), deadline_s=self._deadline_s))
+        key = self._key(Phase.GRADIENT_NORMS)
+        with self._lock:
+            acked_through = self._acked_through
+        answer = self._ask(RunStepMessage(key=key, acked_through=acked_through, deadline_s=self._deadline_s))
         assert answer.norms is not None
         return answer.norms
 
@@ -162,11 +175,11 @@ class ClientRun:
             try:
                 answer = self._transport.run_step(message)
                 break
-            except (TrunkUnreachable, StepTimeout):
+            except (TrunkUnreachable, StepTimeout) as error:
                 if pause_s is None:
                     # Whether it was done is not known here.
                     self._is_torn = self._is_torn or message.key.phase in CHANGES
-                    raise
+                    raise error.advised(RESUME) from None
                 time.sleep(pause_s)
         self.version = answer.versions.version
         self.last_timings = answer.timings
@@ -178,6 +191,11 @@ class ClientRun:
                 "an answer of the trunk was lost, and with it whether it holds a microbatch's gradients: "
                 "call model.trunk.skip_step() and repeat the step, or resume from a checkpoint"
             )
+
+    @property
+    def _acked_through(self) -> int:
+        """Below it no microbatch's backward waits for its answer; held under the lock."""
+        return min(self._going_back, default=self._next_microbatch)
 
     def _key(self, phase: Phase, microbatch: int = 0) -> StepKey:
         return StepKey(
@@ -211,14 +229,30 @@ def require_same(name: str, there: RunSettings, wanted: RunSettings) -> None:
     """Each step brings its learning rate; what else a run was opened with stays.
 
     Raises:
-        SettingError: what is wanted now is something else.
+        SettingError: what is wanted now is something else; it names what.
     """
     if replace(there.optimizer, learning_rate=0.0) != replace(wanted.optimizer, learning_rate=0.0):
         raise SettingError(
             f"run {name} was opened with {there.optimizer}, now {wanted.optimizer} is wanted: "
             "make the trainer before the model is first called, or take another run name"
         )
-    if there.lora != wanted.lora or there.precision.autocast != wanted.precision.autocast:
+    differing = list(_differences(there, wanted))
+    if differing:
         raise SettingError(
-            f"run {name} was opened with other LoRA settings or another autocast: take another run name"
+            f"run {name} was opened with other settings ({'; '.join(differing)}): "
+            "load the model with those that it has, or take another run name"
         )
+
+
+def _differences(there: RunSettings, wanted: RunSettings) -> Iterator[str]:
+    """What would make another run of it; how the tape is kept, and the accumulation, would not."""
+    for each in fields(LoraSettings):
+        has, asked = getattr(there.lora, each.name), getattr(wanted.lora, each.name)
+        if has != asked:
+            yield f"LoRA's {each.name}: {has}, not {asked}"
+    if there.precision.autocast != wanted.precision.autocast:
+        yield f"autocast: {there.precision.autocast or 'off'}, not {wanted.precision.autocast or 'off'}"
+    if there.seed != wanted.seed:
+        yield f"seed: {there.seed}, not {wanted.seed}"
+    if there.allow_download != wanted.allow_download:
+        yield f"allow_download: {there.allow_download}, not {wanted.allow_download}"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from splitlearn.client.transport import Transport
-from splitlearn.errors import UnsupportedCall
+from splitlearn.errors import TrunkUnreachable, UnsupportedCall
 from splitlearn.vocabulary import StepKey
 from splitlearn.wire.messages import AnswerMessage, CloseMessage, ForkMessage, OpenSession, StepMessage
 
@@ -122,9 +122,11 @@ class ClientSession:
         """Close a session whose opening raised: the server may have opened it all the same, later."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             if not self.is_open:
                 self._transport.close_session(CloseMessage(number))
+            if isinstance(error, TrunkUnreachable):
+                raise error.advised("Then generate again from the prompt") from None
             raise
 
     def _new_number(self) -> int:

@@ -99,7 +99,7 @@ def parts_of(model: nn.Module, trunk: RemoteTrunk) -> Iterator[tuple[str, nn.Par
                 yield part, parameter
 
 
-def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
+def clip_grad_norm(model: nn.Module, max_norm: float, trunk_norms: Tensor | None = None) -> Tensor:
     """Clip the gradients of bottom, trunk and top by their common norm, as torch does on a whole model.
 
     The trunk's norms come over the wire one a weight and take their places among the client's, so
@@ -109,6 +109,7 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     Args:
         model: a split model, wrapped or not.
         max_norm: the 2-norm that the gradients may have together.
+        trunk_norms: what `model.trunk.grad_norms()` gave, where it has been asked already.
 
     Returns:
         Their norm before (a scalar); not finite where one of them is not.
@@ -119,7 +120,7 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
         for side in ("bottom", "top")
     )
     device = next((gradient.device for gradient in (*below, *above)), torch.device("cpu"))
-    between = trunk.grad_norms()
+    between = trunk.grad_norms() if trunk_norms is None else trunk_norms
     # What an earlier clipping left of them; the trunk scales its gradients when it steps.
     between = (between[between != -1] * trunk.gradient_scale).to(device)
     norms = [*_norms(below), *between.unbind(), *_norms(above)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -65,8 +66,11 @@ class Transport(Protocol):
         """Where a run stands, open or on disk; raises RunLost where there is none."""
         ...
 
-    def save_run(self, name: str, step: int, acknowledged_step: int) -> RunFacts:
-        """Have the run, as it stands after this step, written to the server's disk."""
+    def save_run(self, name: str, step: int, acknowledged: Sequence[int]) -> RunFacts:
+        """Have the run, as it stands after this step, written to the server's disk.
+
+        Others that are older than the newest acknowledged step are deleted there, unless acknowledged, too.
+        """
         ...
 
     def restore_run(self, name: str, step: int) -> RunFacts:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from splitlearn.disk import digest, sync
+from splitlearn.engine.disk_budget import DiskBudget
 from splitlearn.errors import CheckpointError
 from splitlearn.vocabulary import LoraSettings, OptimizerSettings, Precision, RunSettings, TapeSettings
 
 FORMAT = 1
 WEIGHTS, OPTIMIZER, NOTE = "adapter.safetensors", "optimizer.safetensors", "run.json"
+HEADER_BYTES, NOTE_BYTES = 128, 1024
+"""More than a tensor's entry takes in its file, and more than a note takes beside its settings."""
 STEP_FOLDER = re.compile(r"step-(\d{8})")
-DIGEST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,9 @@ class RunSnapshot:
 class RunStore:
     """Checkpoints below one folder, `NAME/step-NNNNNNNN` each. Called by any thread but the engine's."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, budget: DiskBudget | None = None) -> None:
         self._folder = folder
+        self._budget = budget
 
     def steps(self, name: str) -> tuple[int, ...]:
         """The steps at which this run has a checkpoint, oldest first."""
@@ -56,35 +59,28 @@ class RunStore:
         return sorted(each.name for each in self._folder.iterdir() if self.steps(each.name))
 
     def write(self, snapshot: RunSnapshot) -> None:
-        """Raises CheckpointError where it cannot be written; what was there before stays as it is."""
+        """Have it on the disk, in place of an older one of this step.
+
+        Raises:
+            CheckpointError: it cannot be written; ResourceExhausted: all runs together would take too much
+                disk. What was there before stays as it is.
+        """
         target = self._folder / snapshot.name / f"step-{snapshot.step:08d}"
         unfinished = target.with_name(f"unfinished-{secrets.token_hex(8)}")
-        try:
-            unfinished.mkdir(parents=True)
-            save_file(dict(snapshot.weights), unfinished / WEIGHTS)
-            save_file(dict(snapshot.optimizer), unfinished / OPTIMIZER)
-            note = {
-                "format": FORMAT,
-                "step": snapshot.step,
-                "version": snapshot.version,
-                "skipped": snapshot.skipped,
-                "settings": asdict(snapshot.settings),
-                "digests": {name: _digest(unfinished / name) for name in (WEIGHTS, OPTIMIZER)},
-            }
-            note["digest"] = _digest_of_note(note)
-            (unfinished / NOTE).write_text(json.dumps(note, indent=1))
-            for file in unfinished.iterdir():
-                sync(file)
-            if target.exists():
-                target.rename(unfinished.with_name(f"{unfinished.name}-former"))
-            unfinished.rename(target)
-            sync(target.parent)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise CheckpointError(
-                f"step {snapshot.step} of run {snapshot.name} could not be saved ({_why(error)}): "
-                "make room in the server's --state-dir; the checkpoint before it is still there"
-            ) from None
+        what = f"step {snapshot.step} of run {snapshot.name}"
+        with self._room_for(snapshot, unfinished, what):
+            try:
+                _write_files(snapshot, unfinished)
+                if target.exists():
+                    target.rename(unfinished.with_name(f"{unfinished.name}-former"))
+                unfinished.rename(target)
+                sync(target.parent)
+            except (OSError, SafetensorError) as error:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                raise CheckpointError(
+                    f"{what} could not be saved ({_why(error)}): "
+                    "make room in the server's --state-dir; the checkpoint before it is still there"
+                ) from None
 
     def read(self, name: str, step: int) -> RunSnapshot:
         """Raises CheckpointError where it is not there, torn, changed, or of a newer version."""
@@ -101,8 +97,8 @@ class RunStore:
                 )
             if note.pop("digest") != _digest_of_note(note):
                 raise CheckpointError(_torn(name, step))
-            for file, digest in note["digests"].items():
-                if _digest(folder / file) != digest:
+            for file, written in note["digests"].items():
+                if digest(folder / file) != written:
                     raise CheckpointError(_torn(name, step))
             weights, optimizer = load_file(folder / WEIGHTS), load_file(folder / OPTIMIZER)
             settings = _settings(note["settings"])
@@ -112,10 +108,15 @@ class RunStore:
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             raise CheckpointError(_torn(name, step)) from None
 
-    def forget_before(self, name: str, step: int) -> None:
-        """Both sides hold this step: older checkpoints, and writes that never ended, may go."""
+    def forget_before(self, name: str, step: int, kept: Container[int] = ()) -> None:
+        """Both sides hold this step: older checkpoints but `kept`, and writes that never ended, may go.
+
+        Where it is not here, nothing goes: it is not what both sides have.
+        """
+        if step not in self.steps(name):
+            return
         for older, folder in self._checkpoints(name):
-            if older < step:
+            if older < step and older not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
         for unfinished in (self._folder / name).glob("unfinished-*"):
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -134,6 +135,13 @@ class RunStore:
                 size += file.stat().st_size if file.is_file() else 0
         return size
 
+    def _room_for(
+        self, snapshot: RunSnapshot, unfinished: Path, what: str
+    ) -> contextlib.AbstractContextManager[None]:
+        if self._budget is None:
+            return contextlib.nullcontext()
+        return self._budget.reserved(unfinished, _bytes_of(snapshot), what)
+
     def _checkpoints(self, name: str) -> Iterator[tuple[int, Path]]:
         folder = self._folder / name
         if folder.is_dir():
@@ -142,21 +150,30 @@ class RunStore:
                     yield int(found[1]), each
 
 
-def sync(path: Path) -> None:
-    """Have a file's bytes, or a folder's names, on the disk before going on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _write_files(snapshot: RunSnapshot, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    save_file(dict(snapshot.weights), folder / WEIGHTS)
+    save_file(dict(snapshot.optimizer), folder / OPTIMIZER)
+    note = {
+        "format": FORMAT,
+        "step": snapshot.step,
+        "version": snapshot.version,
+        "skipped": snapshot.skipped,
+        "settings": asdict(snapshot.settings),
+        "digests": {name: digest(folder / name) for name in (WEIGHTS, OPTIMIZER)},
+    }
+    note["digest"] = _digest_of_note(note)
+    (folder / NOTE).write_text(json.dumps(note, indent=1))
+    for file in folder.iterdir():
+        sync(file)
 
 
-def _digest(file: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as content:
-        while piece := content.read(DIGEST_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
+def _bytes_of(snapshot: RunSnapshot) -> int:
+    """At least what its files will take."""
+    tensors = {**snapshot.weights, **snapshot.optimizer}
+    note = len(json.dumps(asdict(snapshot.settings), indent=1))
+    headers = sum(HEADER_BYTES + len(name.encode()) for name in tensors)
+    return sum(each.nbytes for each in tensors.values()) + headers + 2 * note + NOTE_BYTES
 
 
 def _digest_of_note(note: Mapping[str, Any]) -> str:

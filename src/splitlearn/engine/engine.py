@@ -313,7 +313,7 @@ class Engine:
                     self._fail(member, error)
 
     def _do(self, member: ReadyRunStep, started: float) -> None:
-        """A run's step; one that fails leaves the run as it was, so that it can be asked again."""
+        """A run's step; one that fails leaves the run as it was, so that it can be asked again, or broken."""
         step = member.step
         try:
             with timed(self.trunk.device) as clock:

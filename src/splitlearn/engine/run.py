@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+import structlog
 import torch
 from torch import Tensor
 
 from splitlearn.engine import optimizer
 from splitlearn.engine.checkpoint import RunSnapshot
 from splitlearn.engine.trunk_state import AdapterVersion
-from splitlearn.errors import AccessDenied, CheckpointError, MessageError, StepOutOfOrder
+from splitlearn.errors import AccessDenied, CheckpointError, MessageError, RunBroken, StepOutOfOrder
 from splitlearn.vocabulary import RunSettings
-from splitlearn.wire.messages import AdapterMessage, AnswerMessage, OptimizerStep, RunFacts
+from splitlearn.wire.messages import BROKEN, OPEN, AdapterMessage, AnswerMessage, OptimizerStep, RunFacts
 
-KEPT_ANSWERS = 8
 NO_GRADIENT = -1.0
 STATE_OF = "|"
+log = structlog.get_logger("splitlearn.engine")
 
 Microbatch = tuple[int, int]
+"""The optimizer step that its forward was for, and its number in it."""
 
 
 class Run:
@@ -49,8 +51,9 @@ class Run:
         self.current = self._published(0)
         self.skipped = 0
         self._gradients: list[Tensor | None] = [None] * len(weights)
-        self._answers: OrderedDict[Microbatch, AnswerMessage] = OrderedDict()
+        self._accumulated: set[Microbatch] = set()
         self._last_step: AnswerMessage | None = None
+        self._is_broken = False
 
     @property
     def version(self) -> int:
@@ -61,9 +64,20 @@ class Run:
         return self.step + 1
 
     def facts(self) -> RunFacts:
+        state = BROKEN if self._is_broken else OPEN
         return RunFacts(
-            self.name, self.number, self.incarnation, "open", self.step, self.version, self.settings
+            self.name, self.number, self.incarnation, state, self.step, self.version, self.settings
         )
+
+    def require_whole(self) -> None:
+        """Raises RunBroken where an optimizer step failed halfway, until a snapshot is restored."""
+        if self._is_broken:
+            raise RunBroken(
+                f"the trunk's optimizer failed halfway through step {self.next_step} of run {self.name}: "
+                "restore its last checkpoint (resume_from_checkpoint=True, or model.trunk.restore), or begin "
+                "anew with model.trunk.start_over(); the server's log has the cause",
+                facts={"current_step": self.next_step},
+            )
 
     def rejoin(self, client: bytes) -> None:
         """A newer incarnation takes over: what the older one half accumulated is discarded."""
@@ -72,7 +86,8 @@ class Run:
         self._forget_work()
 
     def snapshot(self) -> RunSnapshot:
-        """Copies of all that the run is, to be written elsewhere."""
+        """Copies of all that the run is, to be written elsewhere; raises RunBroken where it is not whole."""
+        self.require_whole()
         return RunSnapshot(
             self.name,
             self.step,
@@ -108,6 +123,7 @@ class Run:
             self.optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
         self.step, self.skipped = snapshot.step, snapshot.skipped
         self.current = self._published(snapshot.version)
+        self._is_broken = False
         self._forget_work()
 
     def _optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
@@ -116,6 +132,18 @@ class Run:
             for kind, value in state.items():
                 if isinstance(value, Tensor):
                     yield f"{name}{STATE_OF}{kind}", value.detach().cpu().clone()
+
+    def accumulate_once(
+        self, microbatch: Microbatch, gradients: Sequence[Tensor | None], loss_scale: float
+    ) -> None:
+        """A microbatch whose answer was lost, and is computed again, counts once."""
+        if not self.has_accumulated(microbatch):
+            self.accumulate(gradients, loss_scale)
+            self._accumulated.add(microbatch)
+
+    def has_accumulated(self, microbatch: Microbatch) -> bool:
+        """Whether this microbatch of a step is among what the next optimizer step uses."""
+        return microbatch in self._accumulated
 
     def accumulate(self, gradients: Sequence[Tensor | None], loss_scale: float) -> None:
         """Add a microbatch's gradients, in the order of the weights; the scale is taken out first."""
@@ -130,11 +158,13 @@ class Run:
 
         Raises:
             AccessDenied: the run was opened so that the trunk's part stays on the server.
+            RunBroken: an optimizer step failed halfway.
         """
         if not self.settings.allow_download:
             raise AccessDenied(
                 f"run {self.name} was opened with allow_download off: its trunk part stays on this server"
             )
+        self.require_whole()
         weights = {name: weight.detach().cpu().clone() for name, weight in self.masters.items()}
         return AdapterMessage(self.name, self.version, self.settings.lora, weights)
 
@@ -157,23 +187,23 @@ class Run:
 
         Raises:
             MessageError: no gradient has come since the last step.
+            RunBroken: the optimizer began and failed; the run is refused until a snapshot is restored.
         """
         if not asked.skip and self.optimizer is not None:
             room = [torch.empty_like(master, requires_grad=False) for master in self.masters.values()]
-            self._step(asked, self.optimizer)
-            self.current = self._published(self.version + 1, room)
+            self._give_gradients(asked, self.optimizer)
+            try:
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                self.current = self._published(self.version + 1, room)
+            except Exception as error:
+                # Some weights may have moved and others not: nobody can tell.
+                self._is_broken = True
+                log.error("an optimizer failed halfway", run=self.name, step=self.next_step, exc_info=error)
+                self.require_whole()
         self.skipped += asked.skip
         self.step += 1
         self._forget_work()
-
-    def kept_answer(self, microbatch: Microbatch) -> AnswerMessage | None:
-        """The answer to a backward that was done already."""
-        return self._answers.get(microbatch)
-
-    def keep_answer(self, microbatch: Microbatch, answer: AnswerMessage) -> None:
-        self._answers[microbatch] = answer
-        while len(self._answers) > KEPT_ANSWERS:
-            self._answers.popitem(last=False)
 
     def kept_step(self, step: int) -> AnswerMessage | None:
         """The answer to an optimizer step that was done already; None where it is the next one.
@@ -202,7 +232,7 @@ class Run:
     def _weights(self) -> list[Tensor]:
         return list(self.masters.values())
 
-    def _step(self, asked: OptimizerStep, optimizer: torch.optim.Optimizer) -> None:
+    def _give_gradients(self, asked: OptimizerStep, optimizer: torch.optim.Optimizer) -> None:
         if all(gradient is None for gradient in self._gradients):
             raise MessageError(
                 f"step {self.next_step} of run {self.name} has no gradients: run a backward first"
@@ -212,8 +242,6 @@ class Run:
             weight.grad = None if gradient is None else gradient * asked.gradient_scale
         for group in optimizer.param_groups:
             group["lr"] = asked.learning_rate
-        optimizer.step()
-        optimizer.zero_grad()
 
     @torch.no_grad()
     def _published(self, number: int, room: Sequence[Tensor] | None = None) -> AdapterVersion:
@@ -226,9 +254,9 @@ class Run:
         return AdapterVersion(self.name, self.slot, number, weights)
 
     def _forget_work(self) -> None:
-        """What was accumulated, and the answers to it."""
+        """What was accumulated, and the answer to the step before."""
         self._gradients = [None] * len(self._gradients)
-        self._answers.clear()
+        self._accumulated.clear()
         self._last_step = None
 
 

@@ -48,6 +48,7 @@ class RunSteps:
             ResourceExhausted: the tape has no room for it.
             MessageError: it lacks something.
         """
+        self._tape.release(run.number, asked.key.step, asked.acked_through)
         match asked.key.phase:
             case Phase.FORWARD:
                 return self._forward(run, asked)
@@ -83,9 +84,12 @@ class RunSteps:
 
     def _backward(self, run: Run, asked: RunStepMessage) -> AnswerMessage:
         microbatch = (asked.key.step, asked.key.microbatch)
-        if (kept := run.kept_answer(microbatch)) is not None:
+        key = (run.number, *microbatch)
+        if (kept := self._tape.answer(key)) is not None:
             return kept
-        entry = self._tape.take((run.number, *microbatch))
+        if not asked.want_input_gradient and run.has_accumulated(microbatch):
+            return self._answer(run, asked, None)
+        entry = self._tape.take(key)
         age = run.version - entry.adapter.number
         if age > self._staleness_limit:
             raise StaleGradient(
@@ -94,9 +98,10 @@ class RunSteps:
                 facts={"current_version": run.version, "staleness": age},
             )
         gradient_BTD, gradients = self._gradients(run, entry, asked)
-        run.accumulate(gradients, asked.loss_scale)
+        run.accumulate_once(microbatch, gradients, asked.loss_scale)
         answer = self._answer(run, asked, gradient_BTD)
-        run.keep_answer(microbatch, answer)
+        if asked.want_input_gradient:
+            self._tape.keep_answer(key, answer)
         return answer
 
     def _gradients(
@@ -142,6 +147,7 @@ class RunSteps:
         if asked.optimizer is None:
             raise MessageError("an optimizer step says by what to scale the gradients, and its learning rate")
         run.apply(asked.optimizer)
+        self._tape.forget_answers(run.number)
         if asked.optimizer.skip:
             # What was dropped stays dropped, even if its backward arrives late.
             self._tape.forget_run(run.number)

@@ -103,7 +103,7 @@ class RunTable:
         """The run that a step belongs to.
 
         Raises:
-            RunLost: it is not here, or somebody has joined it since.
+            RunLost: it is not here, or somebody has joined it since; RunBroken: it is half stepped.
         """
         run = self._by_number.get(key.run)
         if run is None:
@@ -114,6 +114,7 @@ class RunTable:
                 f"run {run.name} was joined again as incarnation {run.incarnation}: what incarnation "
                 f"{key.incarnation} still sends is refused"
             )
+        run.require_whole()
         return run
 
     def adapter(self, name: str) -> AdapterVersion:

@@ -1,4 +1,4 @@
-"""What forwards kept until their gradients come back, under one byte budget and a lease."""
+"""What forwards kept until their gradients come back, and answers to those, under one byte budget."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from splitlearn.engine.trunk_state import AdapterVersion
 from splitlearn.errors import ResourceExhausted, TapeExpired
-from splitlearn.wire.messages import RunStepMessage
+from splitlearn.wire.messages import AnswerMessage, RunStepMessage
 
 TapeKey = tuple[int, int, int]
 """A run's number, the optimizer step that the forward was for, and the microbatch in it."""
@@ -28,11 +28,15 @@ class TapeEntry:
 
 
 class Tape:
-    """Belongs to the engine's thread. Over the budget the oldest entries go: their clients forward again."""
+    """Belongs to the engine's thread. Over the budget the oldest answers go, then the oldest forwards.
+
+    Nobody loses by it: a client whose answer was lost, too, or whose forward is gone, forwards again.
+    """
 
     def __init__(self, budget_bytes: int) -> None:
         self._budget_bytes = budget_bytes
         self._entries: OrderedDict[TapeKey, TapeEntry] = OrderedDict()
+        self._answers: OrderedDict[TapeKey, AnswerMessage] = OrderedDict()
         self.bytes = 0
         self.evicted = 0
 
@@ -52,6 +56,7 @@ class Tape:
                 "run, or start the server with a larger --tape-budget",
                 facts={"wanted_bytes": needed, "total_bytes": self._budget_bytes},
             )
+        self._drop_answers_for(needed)
         while self.bytes + needed > self._budget_bytes:
             self._drop(next(iter(self._entries)))
             self.evicted += 1
@@ -81,7 +86,29 @@ class Tape:
         self._drop(key)
         return entry
 
+    def keep_answer(self, key: TapeKey, answer: AnswerMessage) -> None:
+        """For a client that loses it; where there is no room beside the forwards, it is not kept."""
+        if key in self._answers:
+            self._drop_answer(key)
+        self._drop_answers_for(_bytes_of(answer))
+        if self.bytes + _bytes_of(answer) <= self._budget_bytes:
+            self._answers[key] = answer
+            self.bytes += _bytes_of(answer)
+
+    def answer(self, key: TapeKey) -> AnswerMessage | None:
+        return self._answers.get(key)
+
+    def release(self, run: int, step: int, acked_through: int) -> None:
+        """The client has the answers to this step's microbatches below `acked_through`."""
+        for key in [key for key in self._answers if key[:2] == (run, step) and key[2] < acked_through]:
+            self._drop_answer(key)
+
+    def forget_answers(self, run: int) -> None:
+        for key in [key for key in self._answers if key[0] == run]:
+            self._drop_answer(key)
+
     def forget_run(self, run: int) -> None:
+        self.forget_answers(run)
         for key in [key for key in self._entries if key[0] == run]:
             self._drop(key)
 
@@ -95,3 +122,14 @@ class Tape:
 
     def _drop(self, key: TapeKey) -> None:
         self.bytes -= self._entries.pop(key).bytes
+
+    def _drop_answers_for(self, needed: int) -> None:
+        while self._answers and self.bytes + needed > self._budget_bytes:
+            self._drop_answer(next(iter(self._answers)))
+
+    def _drop_answer(self, key: TapeKey) -> None:
+        self.bytes -= _bytes_of(self._answers.pop(key))
+
+
+def _bytes_of(answer: AnswerMessage) -> int:
+    return 0 if answer.activation_BTD is None else answer.activation_BTD.nbytes

@@ -22,7 +22,7 @@ from splitlearn.wire.adapters import AdapterAssembly, adapter_to_parts
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.generated import splitlearn_pb2_grpc as rpc
 from splitlearn.wire.handshake import client_id
-from splitlearn.wire.messages import AdapterMessage, RunFacts
+from splitlearn.wire.messages import SAVED, AdapterMessage, RunFacts
 from splitlearn.wire.runs import facts_to_proto, open_run_from_proto, run_name
 
 ADAPTER_S = 600.0
@@ -57,7 +57,7 @@ class RunCalls(rpc.TrunkServicer):
         except RunLost:
             if not (kept := await asyncio.to_thread(self._store.steps, name)):
                 raise
-            saved = RunFacts(name, state="saved", step=kept[-1])
+            saved = RunFacts(name, state=SAVED, step=kept[-1])
             return facts_to_proto(await asyncio.to_thread(self._with_disk, saved))
 
     @refusing
@@ -70,15 +70,16 @@ class RunCalls(rpc.TrunkServicer):
     async def SaveRun(self, request: pb.SaveRunRequest, context: Context) -> pb.RunReply:
         """The run as it stands after the step that its client has just had done."""
         name, engine = run_name(request.name), self._hall.engine
-        await asyncio.to_thread(self._require_place, name)
         snapshot = await asyncio.wrap_future(engine.with_run(name, Run.snapshot))
         if request.step != snapshot.step:
             raise StepOutOfOrder(
                 f"run {name} stands at step {snapshot.step}, not {request.step}: nothing was saved",
                 facts={"current_step": snapshot.step},
             )
+        kept = frozenset(request.kept_steps)
+        await asyncio.to_thread(self._store.forget_before, name, request.acknowledged_step, kept)
+        await asyncio.to_thread(self._require_place, name)
         await asyncio.to_thread(self._store.write, snapshot)
-        await asyncio.to_thread(self._store.forget_before, name, request.acknowledged_step)
         return await self._reply(engine.with_run(name, Run.facts))
 
     @refusing
@@ -151,7 +152,7 @@ class RunCalls(rpc.TrunkServicer):
         """The runs that are open and those that are on disk alone."""
         names = {facts.name for facts in is_open}
         steps = {name: self._store.steps(name) for name in self._store.names() if name not in names}
-        saved = [RunFacts(name, state="saved", step=kept[-1]) for name, kept in steps.items() if kept]
+        saved = [RunFacts(name, state=SAVED, step=kept[-1]) for name, kept in steps.items() if kept]
         return [self._with_disk(each) for each in (*is_open, *saved)]
 
     def _with_disk(self, facts: RunFacts) -> RunFacts:

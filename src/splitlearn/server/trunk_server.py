@@ -18,6 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from splitlearn.config import ServerConfig
 from splitlearn.engine.checkpoint import RunStore
+from splitlearn.engine.disk_budget import DiskBudget
 from splitlearn.engine.engine import Engine
 from splitlearn.errors import SettingError, TrunkDraining
 from splitlearn.model.checkpoint import Checkpoint
@@ -115,7 +116,8 @@ class TrunkServer:
         self._ask_to_stop = lambda: loop.is_closed() or loop.call_soon_threadsafe(stop.set)
         admission, egress = Admission(self.config.max_streams), Egress()
         egress.start()
-        runs = RunStore(self.config.state_dir / f"{self._identity.weights_hash:016x}" / "runs")
+        budget = DiskBudget(self.config.state_dir, self.config.runs.disk_budget_bytes)
+        runs = RunStore(self.config.state_dir / f"{self._identity.weights_hash:016x}" / "runs", budget)
         self._hall = hall = Hall(self.engine, self._identity, self.config, admission, egress, runs)
         server, healthy = self._grpc_server(hall)
         await server.start()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
@@ -82,7 +82,7 @@ class LoopbackTransport:
     def run_facts(self, name: str) -> RunFacts:
         return _within(FORK_S, self._engine.with_run(name, Run.facts))
 
-    def save_run(self, name: str, step: int, acknowledged_step: int) -> RunFacts:
+    def save_run(self, name: str, step: int, acknowledged: Sequence[int]) -> RunFacts:
         raise NotServed("an engine alone has no disk: use a TrunkServer")
 
     def restore_run(self, name: str, step: int) -> RunFacts:

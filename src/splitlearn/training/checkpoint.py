@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from splitlearn.disk import digest, sync
 from splitlearn.errors import CheckpointError
 
 WEIGHTS, NOTE = "client.safetensors", "splitlearn.json"
@@ -27,6 +28,8 @@ class Note:
 
     run: str
     step: int
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """Of the folder's files, by their names."""
     format: int = FORMAT
 
 
@@ -62,16 +65,19 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         parameter.copy_(weights[name])
 
 
-def complete(folder: Path, note: Note) -> None:
+def complete(folder: Path, run: str, step: int) -> None:
     """Have the folder's files on the disk, then say that they are whole."""
+    digests = {}
     for file in folder.iterdir():
         if file.is_file():
-            _sync(file)
+            sync(file)
+            digests[file.name] = digest(file)
+    note = Note(run, step, digests)
     unfinished = folder / f"{NOTE}.{secrets.token_hex(4)}"
     unfinished.write_text(json.dumps(asdict(note)))
-    _sync(unfinished)
+    sync(unfinished)
     unfinished.rename(folder / NOTE)
-    _sync(folder)
+    sync(folder)
 
 
 def note_of(folder: Path) -> Note | None:
@@ -90,19 +96,33 @@ def note_of(folder: Path) -> Note | None:
     return note
 
 
+def require_as_written(folder: Path, note: Note) -> None:
+    """Raises CheckpointError where a file is not what was written; files that came later may be there."""
+    for name, written in note.digests.items():
+        file = folder / name
+        if not file.is_file() or digest(file) != written:
+            raise CheckpointError(
+                f"{file} is torn, gone or was changed since it was written: resume from an older checkpoint"
+            )
+
+
 def whole_checkpoints(output_dir: Path) -> list[tuple[Path, Note]]:
     """The trainer's checkpoints that are whole on this side, newest first."""
-    found = []
-    if output_dir.is_dir():
-        for folder in output_dir.iterdir():
-            if CHECKPOINT.fullmatch(folder.name) and (note := note_of(folder)) is not None:
-                found.append((folder, note))
+    noted = [(folder, note_of(folder)) for folder in _checkpoints(output_dir)]
+    found = [(folder, note) for folder, note in noted if note is not None]
     return sorted(found, key=lambda each: each[1].step, reverse=True)
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def unfinished_checkpoints(output_dir: Path, newer_than: Path) -> list[Path]:
+    """Newer ones of the trainer's that are not whole, newest first."""
+    newer = [each for each in _checkpoints(output_dir) if _number(each) > _number(newer_than)]
+    return sorted((each for each in newer if note_of(each) is None), key=_number, reverse=True)
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    every = output_dir.iterdir() if output_dir.is_dir() else ()
+    return [folder for folder in every if CHECKPOINT.fullmatch(folder.name)]
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])

@@ -19,13 +19,14 @@ from splitlearn.errors import CheckpointError, RunLost, SettingError
 from splitlearn.training.anomaly import AnomalyWatch, Verdict
 from splitlearn.training.checkpoint import (
     NOTE,
-    Note,
     complete,
     load_weights,
     note_of,
+    require_as_written,
     save_weights,
     whole_checkpoints,
 )
+from splitlearn.training.resume import common_checkpoints, skip
 from splitlearn.vocabulary import OptimizerSettings
 
 UNCLIPPED = float("inf")
@@ -75,8 +76,8 @@ class SplitTrainerMixin:
     ) -> TrainOutput:
         """As the library's; a checkpoint is resumed from only if the server has its other half.
 
-        With `True` that is the newest step that both sides have. Where the server loses the run on the way,
-        both sides go back to that step and train on.
+        With `True` that is the newest step that is whole on both sides. Where the server loses the run
+        on the way, both sides go back to that step and train on.
 
         Raises:
             CheckpointError: there is no such checkpoint.
@@ -84,7 +85,7 @@ class SplitTrainerMixin:
             RunLost: the server lost the run, and there is no checkpoint since the last time.
         """
         if resume_from_checkpoint:
-            folder = self._common_checkpoint(resume_from_checkpoint)
+            folder = self._go_back(resume_from_checkpoint)
         else:
             folder = None
             self._require_fresh_run()
@@ -102,7 +103,7 @@ class SplitTrainerMixin:
             RunLost: there is no checkpoint that both sides have, or none since the last loss.
         """
         try:
-            folder = self._common_checkpoint(True)
+            folder = self._go_back(True)
         except (CheckpointError, RunLost):
             raise lost from None
         if folder == resumed:
@@ -120,42 +121,24 @@ class SplitTrainerMixin:
                 "model.trunk.start_over(), or take another run name"
             )
 
-    def _common_checkpoint(self, wanted: str | bool) -> str:
-        """The folder of the newest checkpoint whose other half the server has, or the one that is named."""
-        if wanted is True:
-            whole = self._own(whole_checkpoints(Path(self.args.output_dir)))
-        else:
-            note = note_of(Path(str(wanted)))
-            whole = [] if note is None else [(Path(str(wanted)), note)]
-        if not whole:
-            raise CheckpointError(
-                f"{self.args.output_dir if wanted is True else wanted} has no checkpoint of SplitTrainer "
-                "that is whole: train from the start, without resume_from_checkpoint"
-            )
-        kept = self._kept_by_server(whole[0][1].run)
-        for folder, note in whole:
-            if note.step in kept:
-                if folder is not whole[0][0]:
-                    log.warning("both sides go back to step %d, the newest that both have", note.step)
+    def _go_back(self, wanted: str | bool) -> str:
+        """Make both sides what they were at the newest checkpoint that is whole on both; its folder.
+
+        Raises:
+            CheckpointError: there is none, or the one that is named is torn.
+        """
+        torn: CheckpointError | None = None
+        for folder in common_checkpoints(self._trunk, wanted, Path(self.args.output_dir)):
+            try:
+                self._load_from_checkpoint(str(folder))
+            except CheckpointError as error:
+                if wanted is True:
+                    skip(folder, error.message)
+                torn = torn or error
+            else:
                 return str(folder)
-        raise CheckpointError(
-            f"the server has none of this run's checkpoints (steps {[note.step for _, note in whole]}), it "
-            f"has {list(kept) or 'none'}: train from the start under another run name"
-        )
-
-    def _own(self, whole: list[tuple[Path, Note]]) -> list[tuple[Path, Note]]:
-        """Those of this run, or of the newest where this one's name is nobody's choice."""
-        planned = self._trunk.planned
-        name = planned.name if planned is not None and self._trunk.is_named else None
-        if name is None and whole:
-            name = whole[0][1].run
-        return [(folder, note) for folder, note in whole if note.run == name]
-
-    def _kept_by_server(self, name: str) -> tuple[int, ...]:
-        try:
-            return self._trunk.transport.run_facts(name).checkpoints
-        except RunLost:
-            return ()
+        assert torn is not None, "there is a common checkpoint, or the list of them raises"
+        raise torn
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Both halves under one step; older ones go once both sides have this one."""
@@ -170,7 +153,7 @@ class SplitTrainerMixin:
             self.args.save_total_limit = limit
         run = self._trunk.run
         self._trunk.save()
-        complete(checkpoint, Note(run.name, run.step))
+        complete(checkpoint, run.name, run.step)
         rotate_checkpoints(
             output_dir=str(output_dir),
             save_total_limit=limit,
@@ -178,7 +161,7 @@ class SplitTrainerMixin:
             use_mtime=True,
         )
         kept = [note.step for _, note in whole_checkpoints(output_dir) if note.run == run.name]
-        self._trunk.acknowledge(min(kept))
+        self._trunk.acknowledge(*kept)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -191,6 +174,7 @@ class SplitTrainerMixin:
         note = note_of(folder)
         if note is None:
             raise CheckpointError(f"{folder} is not whole: resume from another checkpoint")
+        require_as_written(folder, note)
         self._trunk.restore(note.run, note.step)
         load_weights(self.model, folder)
 
@@ -263,12 +247,13 @@ class SplitTrainerMixin:
     def _clip(self, model: nn.Module, max_norm: float) -> Tensor:
         accelerator = self.accelerator  # type: ignore[attr-defined]
         self._verdict = Verdict()
+        trunk_norms = self._trunk.grad_norms()
         if accelerator.scaler is not None:
-            if not self._trunk.grad_norms().isfinite().all():
+            if not trunk_norms.isfinite().all():
                 # The scaler looks at gradients here alone: let it see that the trunk's overflowed.
                 _spoil(model, self._trunk)
             accelerator.unscale_gradients()
-        norm = clip_grad_norm(model, max_norm)
+        norm = clip_grad_norm(model, max_norm, trunk_norms)
         if accelerator.scaler is None or bool(torch.isfinite(norm)):
             # Overflows are the scaler's everyday business.
             self._judge(float(norm))

@@ -12,6 +12,9 @@ from splitlearn.vocabulary import LoraSettings, Precision, RunSettings, StepKey,
 
 # B rows   T tokens   D hidden
 
+OPEN, BROKEN, SAVED = "open", "broken", "saved"
+"""Where a run is: in memory, in memory and half stepped, on disk alone."""
+
 
 @dataclass(frozen=True, slots=True)
 class OpenSession:
@@ -65,7 +68,8 @@ class RunStepMessage:
     """One step of a run; what it does is its key's phase.
 
     `tensor_BTD` is the activation at the lower cut (forward, evaluate) or the gradient at the upper
-    cut, times `loss_scale` (backward). `seed` is that of dropout; 0 is none, as in evaluation.
+    cut, times `loss_scale` (backward). `seed` is that of dropout; 0 is none, as in evaluation. The
+    client has the answers to the backwards of its step's microbatches below `acked_through`.
     """
 
     key: StepKey
@@ -76,6 +80,7 @@ class RunStepMessage:
     loss_scale: float = 1.0
     seed: int = 0
     optimizer: OptimizerStep | None = None
+    acked_through: int = 0
     deadline_s: float = 0.0
 
     @property

@@ -81,6 +81,8 @@ def facts_to_proto(facts: RunFacts) -> pb.RunReply:
         optimizer=optimizer_to_proto(facts.settings.optimizer),
         bytes_on_disk=facts.bytes_on_disk,
         precision=precision_to_proto(facts.settings.precision),
+        seed=facts.settings.seed,
+        allow_download=facts.settings.allow_download,
     )
 
 
@@ -96,6 +98,8 @@ def facts_from_proto(proto: pb.RunReply) -> RunFacts:
             lora=lora_from_proto(proto.lora),
             optimizer=optimizer_from_proto(proto.optimizer),
             precision=precision_from_proto(proto.precision),
+            seed=proto.seed,
+            allow_download=proto.allow_download,
         ),
         checkpoints=tuple(proto.checkpoints),
         bytes_on_disk=proto.bytes_on_disk,

@@ -37,6 +37,7 @@ CLASSES: dict[pb.ErrorCode, type[SplitLearnError]] = {
     pb.TAPE_EXPIRED: errors.TapeExpired,
     pb.STALE_GRADIENT: errors.StaleGradient,
     pb.CHECKPOINT: errors.CheckpointError,
+    pb.RUN_BROKEN: errors.RunBroken,
 }
 CODES = {kind: code for code, kind in CLASSES.items()}
 

@@ -89,6 +89,7 @@ def run_step_to_proto(step: RunStepMessage, format: FrameFormat) -> pb.Step:
         want_input_gradient=step.want_input_gradient,
         loss_scale=step.loss_scale,
         seed=step.seed,
+        acked_through=step.acked_through,
     )
     if step.tensor_BTD is not None:
         proto.activation.CopyFrom(encode_frame(step.tensor_BTD, _sent(step.key.phase), format))
@@ -129,6 +130,7 @@ def run_step_from_proto(
         loss_scale=_loss_scale(proto),
         seed=proto.seed,
         optimizer=_optimizer(proto) if key.phase is Phase.OPTIMIZER_STEP else None,
+        acked_through=proto.acked_through,
         deadline_s=_deadline(proto.deadline_s),
     )
 

@@ -390,6 +390,42 @@ def test_an_optimizer_step_that_went_astray_is_out_of_order(folder):
         assert refused.value.facts["current_step"] == 1
 
 
+def test_the_trunk_is_told_which_answers_need_no_longer_be_kept(folder):
+    with split_of(folder) as split:
+        sent = asked_of(split)
+        split.trunk.run.accumulation = 4
+        losses = [loss_of(split, seed) for seed in (1, 2)]
+        for loss in losses:
+            loss.backward()
+        loss_of(split, 3).backward()
+        assert engine_of(split).tape.bytes == sent[-1].tensor_BTD.nbytes, "the last one's alone"
+        split.trunk.grad_norms()
+        assert engine_of(split).tape.bytes == 0
+    told = [each.acked_through for each in sent if each.key.phase is not Phase.BACKWARD]
+    assert told == [1, 2, 3, 3]
+
+
+def test_what_is_on_its_way_back_is_not_acknowledged(folder):
+    """Another forward comes meanwhile, as from a second thread."""
+    with split_of(folder) as split:
+        sent, answered = asked_of(split), split.trunk.transport.run_step
+        split.trunk.run.accumulation = 3
+        losses = [loss_of(split, 1), loss_of(split, 2)]
+        losses.pop().backward()
+
+        def meanwhile(message):
+            if message.key.phase is Phase.BACKWARD:
+                split.trunk.transport.run_step = answered
+                with torch.enable_grad():
+                    loss_of(split, 3)
+            return answered(message)
+
+        split.trunk.transport.run_step = meanwhile
+        losses.pop().backward()
+    forwards = [each.acked_through for each in sent if each.key.phase is Phase.FORWARD]
+    assert forwards == [1, 2, 0]
+
+
 # ---------------------------------------------------------------- dropout, forwards that are gone
 
 DROPS = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.3)

@@ -23,6 +23,7 @@ from splitlearn.engine.trunk_state import BARE, TrunkState
 from splitlearn.errors import (
     MessageError,
     ResourceExhausted,
+    RunBroken,
     RunLost,
     StaleGradient,
     StepOutOfOrder,
@@ -208,7 +209,7 @@ def test_a_forward_and_its_backward_give_what_autograd_gives(desk, whole, lora):
     given = asked(desk, run)
     assert given == alone(whole, lora, weights_now(run))
     assert len(given.gradients) == len(run.masters)
-    assert len(desk.tape) == desk.tape.bytes == 0
+    assert (len(desk.tape), desk.tape.bytes) == (0, X.nbytes), "the answer alone, for who lost it"
 
 
 def test_dropout_drops_what_its_seed_says_and_leaves_other_random_numbers_alone(desk, whole):
@@ -483,7 +484,7 @@ def test_another_forwards_room_is_taken_from_the_oldest_which_is_then_forwarded_
     assert torch.equal(desk.forward(run, X, seed=SEED, microbatch=0), outputs[0])
     desk.backward(run, microbatch=0)
     desk.backward(run, microbatch=1)
-    assert desk.tape.bytes == 0
+    assert (len(desk.tape), desk.tape.bytes) == (0, 3 * X.nbytes)
 
 
 def needed_bytes(whole: PreTrainedModel) -> int:
@@ -546,6 +547,51 @@ def test_a_backward_that_is_asked_twice_counts_once(desk):
     expected = asked(desk, run)
     assert torch.equal(desk.backward(run), expected.below)
     assert same(gradients_of(run), expected.gradients)
+
+
+@pytest.mark.parametrize("lora", [DROPS, LoraSettings(r=0)], ids=["trained", "not trained"])
+def test_a_backward_whose_kept_answer_is_gone_too_is_computed_again_and_counts_once(desk, lora):
+    run = desk.open(lora=lora) if lora.r else desk.table.open(ME, OpenRun("bare", RunSettings(lora=lora)))
+    expected = asked(desk, run, seed=SEED)
+    desk.tape.forget_answers(run.number)
+    with pytest.raises(TapeExpired):
+        desk.backward(run)
+    assert asked(desk, run, seed=SEED) == expected
+    assert run.has_accumulated((1, 0))
+
+
+def test_without_a_gradient_to_answer_a_repeated_backward_needs_nothing_that_was_kept(desk):
+    run = desk.open()
+    expected = asked(desk, run, want_input_gradient=False)
+    assert desk.tape.bytes == 0
+    assert desk.backward(run, want_input_gradient=False) is None
+    assert same(gradients_of(run), expected.gradients)
+
+
+def test_however_many_microbatches_a_step_has_what_is_kept_of_them_stays_within_the_budget(whole):
+    budget = needed_bytes(whole) + 2 * X.nbytes
+    desk = Desk(whole, budget=budget)
+    run = desk.open(lora=DROPS)
+    for microbatch in range(12):
+        desk.forward(run, seed=SEED, microbatch=microbatch)
+        desk.backward(run, microbatch=microbatch)
+        assert desk.tape.bytes <= budget
+    assert desk.tape.bytes > 2 * X.nbytes, "or nothing would have been kept"
+    assert desk.tape.evicted == 0, "no forward had to go for it"
+    desk.apply(run)
+    assert desk.tape.bytes == 0
+
+
+def test_what_its_client_has_is_no_longer_kept(desk):
+    run = desk.open()
+    for microbatch in range(3):
+        desk.forward(run, microbatch=microbatch)
+        desk.backward(run, microbatch=microbatch)
+    desk.ask(run, Phase.GRADIENT_NORMS, acked_through=2)
+    assert desk.tape.bytes == X.nbytes
+    assert desk.backward(run, microbatch=2) is not None
+    with pytest.raises(TapeExpired):
+        desk.backward(run, microbatch=1)
 
 
 def test_a_forward_that_is_asked_twice_is_kept_once(desk):
@@ -621,6 +667,21 @@ def test_who_joins_fences_the_older_incarnation_off_and_discards_its_gradients(d
     with pytest.raises(TapeExpired):
         desk.backward(run, microbatch=0)
     desk.train(run, X)
+    assert (run.step, run.version) == (2, 2)
+
+
+def test_a_run_whose_optimizer_failed_halfway_does_no_further_step_until_it_is_restored(desk):
+    run = desk.open(optimizer=OptimizerSettings("adamw_torch"))
+    desk.train(run, X)
+    snapshot = run.snapshot()
+    run.optimizer.state[list(run.masters.values())[1]]["exp_avg"] = torch.zeros(7)
+    with pytest.raises(RunBroken):
+        desk.train(run, Y)
+    for phase, tensor in ((Phase.FORWARD, X), (Phase.EVALUATE, X), (Phase.OPTIMIZER_STEP, None)):
+        with pytest.raises(RunBroken, match="restore its last checkpoint"):
+            desk.ask(run, phase, tensor, optimizer=OptimizerStep(1.0, 0.1))
+    desk.table.restore(YOU, snapshot)
+    desk.train(run, Y)
     assert (run.step, run.version) == (2, 2)
 
 

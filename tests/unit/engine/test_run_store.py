@@ -14,7 +14,8 @@ from torch import Tensor
 
 from splitlearn.engine import checkpoint
 from splitlearn.engine.checkpoint import NOTE, OPTIMIZER, WEIGHTS, RunSnapshot, RunStore
-from splitlearn.errors import CheckpointError
+from splitlearn.engine.disk_budget import DiskBudget
+from splitlearn.errors import CheckpointError, ResourceExhausted
 from splitlearn.vocabulary import LoraSettings, OptimizerSettings, Precision, RunSettings, TapeSettings
 
 EVERYTHING = RunSettings(
@@ -243,6 +244,71 @@ def test_what_safetensors_itself_cannot_write_is_said_too(store):
     assert store.steps("notes") == (3,)
 
 
+# ---------------------------------------------------------------- all runs together
+
+
+def on_disk(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def large(step: int, name: str = "notes") -> RunSnapshot:
+    return RunSnapshot(name, step, step, 0, EVERYTHING, {"b": torch.ones(1 << 14)}, {})
+
+
+def test_all_runs_together_stay_within_the_budget_and_what_was_saved_stays(tmp_path):
+    RunStore(tmp_path / "runs").write(large(1, "letters"))
+    limit = int(2.5 * on_disk(tmp_path))
+    store = RunStore(tmp_path / "runs", DiskBudget(tmp_path, limit))
+    store.write(large(3))
+    before = on_disk(tmp_path)
+    with pytest.raises(ResourceExhausted, match=r"step 6 of run notes.*--delete.*--disk-budget") as refused:
+        store.write(large(6))
+    facts = refused.value.facts
+    assert facts["wanted_bytes"] > facts["free_bytes"] == limit - before
+    assert facts["total_bytes"] == limit
+    assert (store.names(), store.steps("notes"), on_disk(tmp_path)) == (["letters", "notes"], (3,), before)
+    assert store.read("notes", 3).step == 3
+    store.delete("letters")
+    store.write(large(6))
+    assert store.steps("notes") == (3, 6)
+
+
+@pytest.mark.parametrize("settings", [EVERYTHING, RunSettings()])
+def test_what_a_save_is_thought_to_take_is_at_least_what_it_takes(tmp_path, settings):
+    weights = {f"layers.{layer}.q_proj.lora_A.weight": torch.zeros(1) for layer in range(500)}
+    whole = RunSnapshot(
+        "notes", 3, 2, 0, settings, weights, {f"{name}|exp_avg": each for name, each in weights.items()}
+    )
+    assert checkpoint._bytes_of(whole) >= _written(tmp_path, whole)
+    assert checkpoint._bytes_of(snapshot()) >= _written(tmp_path / "small", snapshot())
+
+
+def _written(folder: Path, whole: RunSnapshot) -> int:
+    RunStore(folder).write(whole)
+    return on_disk(folder)
+
+
+def test_two_saves_at_once_do_not_take_the_same_room(tmp_path):
+    """The one that is being written counts at what it will take, not at what is there of it yet."""
+    needed = checkpoint._bytes_of(snapshot())
+    budget = DiskBudget(tmp_path, int(1.5 * needed))
+    with (
+        budget.reserved(tmp_path / "runs" / "letters" / "unfinished-0", needed, "step 1 of run letters"),
+        pytest.raises(ResourceExhausted),
+    ):
+        RunStore(tmp_path / "runs", budget).write(snapshot())
+    RunStore(tmp_path / "runs", budget).write(snapshot())
+
+
+def test_a_write_that_fails_gives_its_room_back(tmp_path, monkeypatch):
+    store = RunStore(tmp_path / "runs", DiskBudget(tmp_path, int(1.5 * checkpoint._bytes_of(snapshot()))))
+    with monkeypatch.context() as full:
+        full.setattr(checkpoint, "save_file", no_room)
+        with pytest.raises(CheckpointError):
+            store.write(snapshot())
+    store.write(snapshot())
+
+
 # ---------------------------------------------------------------- letting go
 
 
@@ -267,6 +333,15 @@ def test_forgetting_before_nothing_forgets_nothing(store):
     store.forget_before("notes", 0)
     store.forget_before("letters", 9)
     assert store.steps("notes") == (3,)
+
+
+def test_only_what_neither_side_goes_back_to_is_let_go(store):
+    for step in (3, 6, 9, 12):
+        store.write(snapshot(step))
+    store.forget_before("notes", 99)
+    assert store.steps("notes") == (3, 6, 9, 12), "there is no step 99: it is no common one"
+    store.forget_before("notes", 9, kept=(3, 9))
+    assert store.steps("notes") == (3, 9, 12)
 
 
 def test_a_deleted_run_leaves_nothing_and_says_what_it_freed(store, folder):

@@ -11,7 +11,7 @@ from splitlearn.engine.tape import Tape, TapeEntry
 from splitlearn.engine.trunk_state import BARE
 from splitlearn.errors import ResourceExhausted, TapeExpired
 from splitlearn.vocabulary import StepKey
-from splitlearn.wire.messages import RunStepMessage
+from splitlearn.wire.messages import AnswerMessage, RunStepMessage
 
 RUN, OTHER = 7, 9
 
@@ -106,6 +106,46 @@ def test_a_run_is_forgotten_without_the_others():
     assert tape.get(key(0, OTHER)) is not None
 
 
+def answer(size: int) -> AnswerMessage:
+    return AnswerMessage(StepKey(run=RUN), torch.zeros(1, 1, size, dtype=torch.uint8))
+
+
+def answered(tape: Tape) -> list[int]:
+    return [microbatch for microbatch in range(10) if tape.answer(key(microbatch)) is not None]
+
+
+def test_kept_answers_count_and_the_oldest_go_before_any_forward_does():
+    tape = filled(10, 4)
+    for microbatch in (1, 2, 3):
+        tape.keep_answer(key(microbatch), answer(2))
+    assert (answered(tape), tape.bytes) == ([1, 2, 3], 10)
+    tape.keep_answer(key(4), answer(2))
+    assert (answered(tape), held(tape), tape.bytes) == ([2, 3, 4], [0], 10)
+    tape.put(key(5), entry(3))
+    assert (answered(tape), held(tape), tape.bytes) == ([4], [0, 5], 9)
+    tape.put(key(6), entry(4))
+    assert (answered(tape), held(tape), tape.evicted) == ([], [5, 6], 1)
+
+
+def test_an_answer_without_room_beside_the_forwards_is_not_kept_and_pushes_none_of_them_out():
+    tape = filled(10, 4, 4)
+    tape.keep_answer(key(2), answer(3))
+    assert (answered(tape), held(tape), tape.bytes) == ([], [0, 1], 8)
+
+
+def test_acknowledged_answers_are_released_and_others_stay():
+    tape = Tape(100)
+    for microbatch in range(3):
+        tape.keep_answer(key(microbatch), answer(2))
+    tape.keep_answer(key(0, OTHER), answer(2))
+    tape.keep_answer((RUN, 2, 0), answer(2))
+    tape.release(RUN, 1, acked_through=2)
+    assert (answered(tape), tape.bytes) == ([2], 6)
+    assert tape.answer(key(0, OTHER)) is not None
+    tape.forget_run(RUN)
+    assert (answered(tape), tape.answer((RUN, 2, 0)), tape.bytes) == ([], None, 2)
+
+
 def test_what_is_let_go_of_is_freed():
     tape, output = filled(10, 4), torch.zeros(4)
     alive = weakref.ref(output)
@@ -120,6 +160,8 @@ SIZES = st.integers(0, 9)
 ACTIONS = st.lists(
     st.one_of(
         st.tuples(st.just("put"), st.integers(0, 5), SIZES),
+        st.tuples(st.just("keep"), st.integers(6, 9), SIZES),
+        st.tuples(st.just("release"), st.integers(0, 9), st.just(0)),
         st.tuples(st.just("take"), st.integers(0, 5), st.just(0)),
         st.tuples(st.just("room"), st.just(0), SIZES),
         st.tuples(st.just("expire"), st.integers(0, 5), st.just(0)),
@@ -135,6 +177,10 @@ def test_bytes_are_those_of_what_is_kept_and_never_over_the_budget(actions):
         try:
             if what == "put":
                 tape.put(key(number), entry(size, lease_until=number))
+            elif what == "keep":
+                tape.keep_answer(key(number), answer(size))
+            elif what == "release":
+                tape.release(RUN, 1, number)
             elif what == "take":
                 tape.take(key(number))
             elif what == "room":
@@ -144,5 +190,7 @@ def test_bytes_are_those_of_what_is_kept_and_never_over_the_budget(actions):
                 tape.expire(number)
         except (ResourceExhausted, TapeExpired):
             pass
-        assert tape.bytes == sum(tape.get(key(each)).bytes for each in held(tape)) <= 8
+        forwards = sum(tape.get(key(each)).bytes for each in held(tape))
+        answers = sum(tape.answer(key(each)).activation_BTD.nbytes for each in answered(tape))
+        assert tape.bytes == forwards + answers <= 8
         assert len(tape) == len(held(tape))

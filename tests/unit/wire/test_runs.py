@@ -94,7 +94,7 @@ def test_every_setting_of_a_run_arrives_to_the_last_bit(asked):
 
 
 def test_where_a_run_stands_arrives():
-    settings = RunSettings(lora=LORA, optimizer=OPTIMIZER)
+    settings = RunSettings(lora=LORA, optimizer=OPTIMIZER, seed=2**64 - 1, allow_download=False)
     facts = RunFacts("notes", 2**48 - 1, 3, "open", 12, 11, settings, (4, 8, 12), 2**40)
     assert facts_from_proto(pb.RunReply.FromString(facts_to_proto(facts).SerializeToString())) == facts
 
@@ -188,6 +188,7 @@ STEPS = {
         positions_BT=POSITIONS,
         want_input_gradient=False,
         seed=2**64 - 1,
+        acked_through=5,
         deadline_s=60.0,
     ),
     Phase.BACKWARD: RunStepMessage(

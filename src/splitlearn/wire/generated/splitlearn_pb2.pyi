@@ -78,6 +78,7 @@ class ErrorCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TAPE_EXPIRED: _ClassVar[ErrorCode]
     STALE_GRADIENT: _ClassVar[ErrorCode]
     CHECKPOINT: _ClassVar[ErrorCode]
+    RUN_BROKEN: _ClassVar[ErrorCode]
 DTYPE_UNSPECIFIED: DType
 FLOAT32: DType
 BFLOAT16: DType
@@ -132,6 +133,7 @@ RUN_LOST: ErrorCode
 TAPE_EXPIRED: ErrorCode
 STALE_GRADIENT: ErrorCode
 CHECKPOINT: ErrorCode
+RUN_BROKEN: ErrorCode
 
 class CodecParameters(_message.Message):
     __slots__ = ("group_size", "bits", "ratio", "scales")
@@ -637,16 +639,18 @@ class RunRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., client: _Optional[bytes] = ...) -> None: ...
 
 class SaveRunRequest(_message.Message):
-    __slots__ = ("name", "client", "step", "acknowledged_step")
+    __slots__ = ("name", "client", "step", "acknowledged_step", "kept_steps")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     ACKNOWLEDGED_STEP_FIELD_NUMBER: _ClassVar[int]
+    KEPT_STEPS_FIELD_NUMBER: _ClassVar[int]
     name: str
     client: bytes
     step: int
     acknowledged_step: int
-    def __init__(self, name: _Optional[str] = ..., client: _Optional[bytes] = ..., step: _Optional[int] = ..., acknowledged_step: _Optional[int] = ...) -> None: ...
+    kept_steps: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., client: _Optional[bytes] = ..., step: _Optional[int] = ..., acknowledged_step: _Optional[int] = ..., kept_steps: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RestoreRunRequest(_message.Message):
     __slots__ = ("name", "client", "step")
@@ -673,7 +677,7 @@ class Member(_message.Message):
     def __init__(self, client: _Optional[bytes] = ..., incarnation: _Optional[int] = ..., state: _Optional[str] = ..., last_step: _Optional[int] = ..., lease_left_s: _Optional[float] = ...) -> None: ...
 
 class RunReply(_message.Message):
-    __slots__ = ("name", "run", "state", "step", "version", "incarnation", "members", "checkpoints", "lora", "optimizer", "cohort", "bytes_on_disk", "precision")
+    __slots__ = ("name", "run", "state", "step", "version", "incarnation", "members", "checkpoints", "lora", "optimizer", "cohort", "bytes_on_disk", "precision", "seed", "allow_download")
     NAME_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -687,6 +691,8 @@ class RunReply(_message.Message):
     COHORT_FIELD_NUMBER: _ClassVar[int]
     BYTES_ON_DISK_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_DOWNLOAD_FIELD_NUMBER: _ClassVar[int]
     name: str
     run: int
     state: str
@@ -700,7 +706,9 @@ class RunReply(_message.Message):
     cohort: CohortSettings
     bytes_on_disk: int
     precision: Precision
-    def __init__(self, name: _Optional[str] = ..., run: _Optional[int] = ..., state: _Optional[str] = ..., step: _Optional[int] = ..., version: _Optional[int] = ..., incarnation: _Optional[int] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[int]] = ..., lora: _Optional[_Union[LoraSettings, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSettings, _Mapping]] = ..., cohort: _Optional[_Union[CohortSettings, _Mapping]] = ..., bytes_on_disk: _Optional[int] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ...) -> None: ...
+    seed: int
+    allow_download: bool
+    def __init__(self, name: _Optional[str] = ..., run: _Optional[int] = ..., state: _Optional[str] = ..., step: _Optional[int] = ..., version: _Optional[int] = ..., incarnation: _Optional[int] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[int]] = ..., lora: _Optional[_Union[LoraSettings, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSettings, _Mapping]] = ..., cohort: _Optional[_Union[CohortSettings, _Mapping]] = ..., bytes_on_disk: _Optional[int] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ..., seed: _Optional[int] = ..., allow_download: bool = ...) -> None: ...
 
 class ListRunsRequest(_message.Message):
     __slots__ = ("client",)

@@ -1,0 +1,67 @@
+"""Which checkpoints a training may go on from: those that both sides have, the newest first."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from splitlearn.client.remote_trunk import RemoteTrunk
+from splitlearn.errors import CheckpointError, RunLost
+from splitlearn.training.checkpoint import NOTE, Note, note_of, unfinished_checkpoints, whole_checkpoints
+
+log = logging.getLogger("splitlearn")
+
+
+def common_checkpoints(trunk: RemoteTrunk, wanted: str | bool, output_dir: Path) -> list[Path]:
+    """The trainer's folders whose other half the server lists; with `True` all, else the one that is named.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    whole = _own(trunk, output_dir) if wanted is True else _named(Path(str(wanted)))
+    if not whole:
+        raise CheckpointError(
+            f"{output_dir if wanted is True else wanted} has no checkpoint of SplitTrainer "
+            "that is whole: train from the start, without resume_from_checkpoint"
+        )
+    kept = _kept_by_server(trunk, whole[0][1].run)
+    common = [folder for folder, note in whole if note.step in kept]
+    if not common:
+        raise CheckpointError(
+            f"the server has none of this run's checkpoints (steps {[note.step for _, note in whole]}), it "
+            f"has {list(kept) or 'none'}: train from the start under another run name"
+        )
+    for folder, note in whole:
+        if folder == common[0]:
+            break
+        skip(folder, f"the server has no checkpoint of step {note.step}")
+    return common
+
+
+def skip(folder: Path, why: str) -> None:
+    """Nobody goes back further than was expected without being told."""
+    log.warning("%s is skipped, training goes on from an older checkpoint: %s", folder, why)
+
+
+def _named(folder: Path) -> list[tuple[Path, Note]]:
+    note = note_of(folder)
+    return [] if note is None else [(folder, note)]
+
+
+def _own(trunk: RemoteTrunk, output_dir: Path) -> list[tuple[Path, Note]]:
+    """Those of this run, or of the newest where this one's name is nobody's choice."""
+    whole = whole_checkpoints(output_dir)
+    if not whole:
+        return []
+    for folder in unfinished_checkpoints(output_dir, newer_than=whole[0][0]):
+        skip(folder, f"its {NOTE} is missing or torn, so it was never finished or was changed since")
+    planned = trunk.planned
+    name = planned.name if planned is not None and trunk.is_named else whole[0][1].run
+    return [(folder, note) for folder, note in whole if note.run == name]
+
+
+def _kept_by_server(trunk: RemoteTrunk, name: str) -> tuple[int, ...]:
+    try:
+        return trunk.transport.run_facts(name).checkpoints
+    except RunLost:
+        return ()
