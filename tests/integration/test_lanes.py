@@ -1,5 +1,6 @@
 """Large tensors over several connections give the same numbers; a connection that breaks is made anew."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from splitlearn.wire import frames
 from splitlearn.wire.chunks import CHUNK_OF, Pieces
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 
+DEADLINE_S = 30.0
 IDS = torch.randint(4, 128, (2, 12), generator=torch.Generator().manual_seed(1))
 LORA = LoraConfig(r=4, target_modules="all-linear")
 
@@ -81,6 +83,10 @@ def test_after_a_lane_broke_the_next_step_is_right_over_new_ones(pair: Pair) -> 
     assert same_logits(pair)
     (stream,) = (stream for stream in pair.split.trunk.transport._streams.values() if len(stream._lanes) > 1)
     stream._lanes[1].cancel()
+    until = time.monotonic() + DEADLINE_S
+    while not stream.is_broken and time.monotonic() < until:
+        time.sleep(0.01)
+    assert stream.is_broken
     assert same_logits(pair)
     assert lanes(pair) == [2]
 
