@@ -43,6 +43,8 @@ class Lane:
         self._outgoing: SimpleQueue[Outgoing | None] = SimpleQueue()
         self._welcome: Future[pb.Welcome] = Future()
         self._call: Any = None
+        self.ended_in_order = False
+        """Whether the server sent all that it had for this lane, and then ended it."""
         self._reader = threading.Thread(target=self._read, name="splitlearn answers", daemon=True)
 
     def greet(self, hello: pb.Hello, timeout_s: float) -> pb.Welcome:
@@ -89,6 +91,7 @@ class Lane:
         try:
             for message in self._call:
                 self._receive(message)
+            self.ended_in_order = True
             self._end(TrunkUnreachable(f"{self._address} ended the connection: is the server still running?"))
         except grpc.RpcError as error:
             self._end(error_of(error, self._address, connected=self._welcome.done()))

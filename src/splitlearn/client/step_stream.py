@@ -231,8 +231,11 @@ class StepStream:
             future.set_result(value)
 
     def _lane_ended(self, lane: Lane, error: SplitLearnError) -> None:
-        """What it carried is lost, and nobody knows of which messages: the whole stream ends."""
-        if lane in self._lanes:
+        """What it carried is lost, and nobody knows of which messages: the whole stream ends.
+
+        Where the server ended a further lane in order it has ended the stream, whose own lane says why.
+        """
+        if lane is self._lanes[0] or (lane in self._lanes and not lane.ended_in_order):
             self._break(error)
             self.cancel()
 
