@@ -18,7 +18,7 @@ from splitlearn.config import WireLimits
 from splitlearn.testing.pair import Pair, lively_model, served_pair
 from splitlearn.testing.parity import read_in_pieces
 from splitlearn.vocabulary import Precision, Role, StepKey
-from splitlearn.wire.chunks import ChunkAssembly, chunks_of
+from splitlearn.wire.chunks import ChunkAssembly, pieces_with_payload
 from splitlearn.wire.frames import FrameFormat, encode_frame
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.generated import splitlearn_pb2_grpc as rpc
@@ -79,12 +79,16 @@ class Wire:
         message = pb.ClientMessage(step=step)
         if message.ByteSize() <= LIMITS.chunk_bytes:
             return self.ask(message).answer
-        pieces = chunks_of(1, message.SerializeToString(), LIMITS.chunk_bytes)
-        return self.ask(*(pb.ClientMessage(chunk=piece) for piece in pieces)).answer
+        return self.ask(*in_pieces(1, message, LIMITS.chunk_bytes)).answer
 
     def close(self) -> None:
         self._outgoing.put(None)
         self._channel.close()
+
+
+def in_pieces(number: int, message: pb.ClientMessage, size: int) -> list[pb.ClientMessage]:
+    pieces = pieces_with_payload(pb.ClientMessage, number, message.SerializeToString(), memoryview(b""), size)
+    return [pb.ClientMessage.FromString(piece) for piece in pieces]
 
 
 @pytest.fixture
@@ -420,9 +424,10 @@ def test_a_step_out_of_order_is_told_which_one_comes_next(wire: Wire) -> None:
 def test_a_step_in_pieces_is_the_step_in_one(pair: Pair, wire: Wire) -> None:
     """Control for the pieces that are refused above: those that fit together are taken."""
     in_one = wire.step(opening(session=5))
-    data = pb.ClientMessage(step=opening(session=6)).SerializeToString()
-    in_pieces = wire.ask(*(pb.ClientMessage(chunk=piece) for piece in chunks_of(9, data, 50))).answer
-    assert in_pieces.activation.data == in_one.activation.data != b""
+    pieces = in_pieces(9, pb.ClientMessage(step=opening(session=6)), 50)
+    assert len(pieces) > 1
+    answer = wire.ask(*pieces).answer
+    assert answer.activation.data == in_one.activation.data != b""
 
 
 def test_an_answer_larger_than_a_piece_comes_in_pieces(wire: Wire) -> None:

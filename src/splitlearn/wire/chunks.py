@@ -63,21 +63,10 @@ def parse(kind: type[Message], whole: bytes) -> Message:
 # ---------------------------------------------------------------- out
 
 
-def chunks_of(number: int, data: bytes, chunk_bytes: int) -> Iterator[pb.Chunk]:
-    """The pieces of one serialised message, in order; the first says how long the whole is."""
-    for start in range(0, len(data), chunk_bytes):
-        yield pb.Chunk(
-            number=number,
-            data=data[start : start + chunk_bytes],
-            total_bytes=len(data) if start == 0 else 0,
-            last=start + chunk_bytes >= len(data),
-        )
-
-
 def pieces_with_payload(
     kind: type[Message], number: int, message: bytes, payload: memoryview, chunk_bytes: int
 ) -> Iterator[bytes]:
-    """The same for a message and the bytes behind it, each piece serialised: what gRPC is to send."""
+    """The pieces of a message and of the bytes behind it, each serialised: what gRPC is to send."""
     total = len(message) + len(payload)
     for start in range(0, total, chunk_bytes):
         stop = min(start + chunk_bytes, total)

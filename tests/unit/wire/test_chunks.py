@@ -10,7 +10,6 @@ from splitlearn.wire.chunks import (
     ChunkAssembly,
     Piece,
     Whole,
-    chunks_of,
     deserialize_client,
     deserialize_server,
     pieces_with_payload,
@@ -20,10 +19,16 @@ from splitlearn.wire.generated import splitlearn_pb2 as pb
 DATA = bytes(range(256)) * 5
 
 
+def pieces_of(number: int, data: bytes, size: int) -> list[Piece]:
+    """As they arrive."""
+    sent = pieces_with_payload(pb.ClientMessage, number, data, memoryview(b""), size)
+    return [deserialize_client(piece) for piece in sent]
+
+
 @pytest.mark.parametrize("size", [1, 7, 256, len(DATA) - 1, len(DATA), len(DATA) + 1])
 def test_pieces_of_any_size_form_the_message_again(size):
     assembly = ChunkAssembly(len(DATA))
-    results = [assembly.add(chunk) for chunk in chunks_of(1, DATA, size)]
+    results = [assembly.add(chunk) for chunk in pieces_of(1, DATA, size)]
     assert results[-1] == Whole(DATA, None)
     assert all(result is None for result in results[:-1])
 
@@ -31,7 +36,7 @@ def test_pieces_of_any_size_form_the_message_again(size):
 def test_one_message_after_another():
     assembly = ChunkAssembly(len(DATA))
     for number in (1, 2, 3):
-        assert [assembly.add(chunk) for chunk in chunks_of(number, DATA, 500)][-1].message == DATA
+        assert [assembly.add(chunk) for chunk in pieces_of(number, DATA, 500)][-1].message == DATA
 
 
 @pytest.mark.parametrize(
