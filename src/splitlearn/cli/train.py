@@ -59,10 +59,10 @@ def train(
         ADAPTER,
         FineTuning,
         learnable,
-        lora_of,
         require_new,
         require_same_run,
     )
+    from splitlearn.cli.train_arguments import lora_of
     from splitlearn.client.split_model import AutoSplitModelForCausalLM
 
     if settings.resume:
