@@ -28,6 +28,7 @@ from splitlearn.training.checkpoint import (
 )
 from splitlearn.training.part_rates import PartRates
 from splitlearn.training.run_plan import plan_by_arguments
+from splitlearn.training.split_metrics import SplitMetrics
 
 UNCLIPPED = float("inf")
 log = logging.getLogger("splitlearn")
@@ -38,7 +39,8 @@ class SplitTrainerMixin:
 
     Everything else stays the library's: data, schedule, logging, evaluation, callbacks, accumulation.
     What is added: gradients are clipped by the norm of the whole model, each optimizer step is the
-    trunk's, too, and one that is skipped because numbers overflowed is skipped on both sides.
+    trunk's, too, and one that is skipped because numbers overflowed is skipped on both sides. Logs also
+    tell what crossed the wire.
 
     Args:
         learning_rates: other rates than the arguments' one for "bottom", "trunk" or "top"; the schedule is
@@ -66,6 +68,7 @@ class SplitTrainerMixin:
         self._verdict = Verdict()
         self._rates: list[float] = []
         self._trunk: RemoteTrunk = trunk_of(self.model)
+        self._split_metrics = SplitMetrics(self._trunk, self.anomalies)
         plan_by_arguments(self._trunk, self.args)
         self.add_callback(_SkippedSteps(self._trunk))  # type: ignore[attr-defined]
 
@@ -213,6 +216,11 @@ class SplitTrainerMixin:
         self._trunk.run.loss_scale = scaler.get_scale() if scaler is not None else 1.0
         loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
         return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs = logs | self._split_metrics.now()
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _step_trunk(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Before the client's own step: if the trunk cannot, nothing has moved."""
