@@ -78,6 +78,7 @@ def settings_for(output: Path) -> TrainSettings:
         batch_size=1,
         accumulation=1,
         learning_rate=2e-3,
+        precision="float32",
         log_steps=4,
         save_steps=STEPS,
         tensorboard=False,

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PrinterCallback, ProgressCallback
 
 from splitlearn.cli.text import load_tokenizer
-from splitlearn.cli.train_arguments import arguments
+from splitlearn.cli.train_arguments import arguments, precision_of
 from splitlearn.cli.train_progress import Bar, Lines, Show, to_stderr
 from splitlearn.cli.train_settings import TrainSettings
 from splitlearn.errors import CheckpointError, RunLost, SettingError
@@ -56,13 +56,16 @@ class FineTuning:
         self._data = data
         self._settings = settings
         self._show = show or to_stderr
+        self.precision, self._told_of_precision = precision_of(settings, model)
         # Made before the model is first called: it tells the run what the run is opened with.
         self.trainer = TunedTrainer(
             model=model,
-            args=arguments(settings, model),
+            args=arguments(settings, self.precision, on_cpu=model.device.type == "cpu"),
             train_dataset=data.train,
             eval_dataset=data.held_out or None,
             data_collator=data.collate,
+            learning_rates=settings.learning_rates,
+            anomalies=settings.anomaly,
         )
         self._show_progress(sys.stderr.isatty() if has_bar is None else has_bar)
 
@@ -96,7 +99,7 @@ class FineTuning:
         return done
 
     def _begin(self) -> FineTuned:
-        for line in told_of(self._data):
+        for line in filter(None, (*told_of(self._data), self._told_of_precision)):
             self._show(line)
         if self._settings.resume:
             return read_result(self._settings.output)

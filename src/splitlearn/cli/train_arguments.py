@@ -6,12 +6,13 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig
 from transformers import TrainingArguments
 
 from splitlearn.cli.train_settings import TrainSettings
 from splitlearn.errors import SettingError
+from splitlearn.training.precision import auto_precision, sides_of
+from splitlearn.vocabulary import TapeSettings
 
 
 def lora_of(settings: TrainSettings) -> LoraConfig | Path:
@@ -27,14 +28,16 @@ def lora_of(settings: TrainSettings) -> LoraConfig | Path:
     )
 
 
-def arguments(settings: TrainSettings, model: Any) -> TrainingArguments:
+def tape_of(settings: TrainSettings) -> TapeSettings:
+    return TapeSettings(settings.tape == "recompute", settings.tape_checkpoint_every)
+
+
+def arguments(settings: TrainSettings, precision: str, *, on_cpu: bool) -> TrainingArguments:
     """The settings as the library's trainer takes them.
 
     Raises:
-        SettingError: TensorBoard is wanted and not installed, or the precision cannot be had here.
+        SettingError: TensorBoard is wanted and not installed.
     """
-    on_cpu = model.device.type == "cpu"
-    autocast = autocast_of(settings, model.dtype, on_cpu)
     schedule = settings.schedule
     return TrainingArguments(
         output_dir=str(settings.output),
@@ -48,8 +51,8 @@ def arguments(settings: TrainSettings, model: Any) -> TrainingArguments:
         warmup_steps=settings.warmup_steps,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.clip,
-        bf16=autocast == "bfloat16",
-        fp16=autocast == "float16",
+        bf16=precision == "bfloat16",
+        fp16=precision == "float16",
         seed=settings.seed,
         save_steps=settings.save_steps,
         save_total_limit=settings.keep,
@@ -64,15 +67,21 @@ def arguments(settings: TrainSettings, model: Any) -> TrainingArguments:
     )
 
 
-def autocast_of(settings: TrainSettings, weights: torch.dtype, on_cpu: bool) -> str:
-    """What matrix products run in, where that is not what the weights are in."""
+def precision_of(settings: TrainSettings, model: Any) -> tuple[str, str]:
+    """What matrix products run in, and a line that says so where it was not told.
+
+    Raises:
+        SettingError: it cannot be had here.
+    """
     if settings.precision == "auto":
-        return "bfloat16" if weights is torch.bfloat16 else ""
-    if settings.precision == "float16" and on_cpu:
+        here, trunk = sides_of(model)
+        chosen = auto_precision(here, trunk)
+        return chosen, f"precision {chosen}: here {here}; the trunk has {trunk}"
+    if settings.precision == "float16" and model.device.type == "cpu":
         raise SettingError(
             "--precision float16 needs its loss scaled, which is there on GPUs alone: take bfloat16"
         )
-    return "" if settings.precision == "float32" else settings.precision
+    return settings.precision, ""
 
 
 def has_tensorboard(wanted: bool | None) -> bool:
