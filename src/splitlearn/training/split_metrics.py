@@ -16,13 +16,15 @@ class SplitMetrics:
         self._anomalies = anomalies
         self._sent = self._received = 0
 
+    def begin(self) -> None:
+        """What crossed the wire before, for example in an evaluation, is not the first step's."""
+        self._sent, self._received = self._crossed()
+
     def now(self) -> dict[str, float]:
         """`wire_sent_mb` and `wire_received_mb` since the last log (millions of bytes); `forwarded_again`
         (what the tape had lost) and `anomalies` since the training began.
         """
-        traffic = self._trunk.transport.traffic
-        received = traffic.received_bytes
-        sent = traffic.message_bytes - received
+        sent, received = self._crossed()
         told = {
             "wire_sent_mb": (sent - self._sent) / MB,
             "wire_received_mb": (received - self._received) / MB,
@@ -31,3 +33,8 @@ class SplitMetrics:
         }
         self._sent, self._received = sent, received
         return told
+
+    def _crossed(self) -> tuple[int, int]:
+        traffic = self._trunk.transport.traffic
+        received = traffic.received_bytes
+        return traffic.message_bytes - received, received

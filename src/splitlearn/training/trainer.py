@@ -90,6 +90,7 @@ class SplitTrainerMixin:
         else:
             folder = None
             self._require_fresh_run()
+        self._split_metrics.begin()
         while True:
             try:
                 trained: TrainOutput = super().train(folder, *args, **kwargs)  # type: ignore[misc]
