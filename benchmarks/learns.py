@@ -18,14 +18,13 @@ import torch
 from _common import markdown, serving, write
 from _generation import bundled_model
 from _training import SEED, lora
-from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from splitlearn import AutoSplitModelForCausalLM, SplitTrainer
+from splitlearn import AutoSplitModelForCausalLM, SplitTrainer, held_out_loss
 from splitlearn.cli import demo
 from splitlearn.model.lora import ADAPTER, add_lora, settings_of
 from splitlearn.training.data import TrainingData, training_data
-from splitlearn.training.tokens import IGNORED
 
 TEXT = Path(demo.__file__).with_name("demo_text.jsonl")
 MAX_TOKENS, HELD_OUT, EPOCHS = 256, 0.14, 2
@@ -49,20 +48,8 @@ def arguments(output: str) -> TrainingArguments:
     )
 
 
-@torch.no_grad()
-def held_out_loss(model: Any, data: TrainingData) -> float:
-    """In nats, the mean over all tokens that bear a loss."""
-    model.eval()
-    total, tokens = 0.0, 0
-    for row in data.held_out:
-        batch = data.collate([row])
-        labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch).logits[:, :-1].float()
-        total += float(
-            cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-        )
-        tokens += int((labels != IGNORED).sum())
-    return total / tokens
+def held_out(data: TrainingData) -> DataLoader:
+    return DataLoader(data.held_out, collate_fn=data.collate)
 
 
 def learn(kind: type[Trainer], model: Any, data: TrainingData) -> dict[str, Any]:
@@ -72,9 +59,9 @@ def learn(kind: type[Trainer], model: Any, data: TrainingData) -> dict[str, Any]
         trainer = kind(
             model=model, args=arguments(output), train_dataset=data.train, data_collator=data.collate
         )
-        before = held_out_loss(model, data)
+        before = held_out_loss(model, held_out(data))
         trainer.train()
-        after = held_out_loss(model, data)
+        after = held_out_loss(model, held_out(data))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     figures = {"before": before, "after": after, "fall": before - after, "losses": losses}
     figures["seconds"] = time.perf_counter() - started

@@ -18,25 +18,18 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from splitlearn import AutoSplitModelForCausalLM, SplitTrainer, TrunkServer
+from splitlearn import AutoSplitModelForCausalLM, SplitTrainer, TrunkServer, held_out_loss
 from splitlearn.cli.demo_model import bundled_model
 from splitlearn.cli.demo_training import TEXT
 from splitlearn.training.data import TrainingData, training_data
 
 
-def held_out_loss(model, data: TrainingData) -> float:
-    """The mean over all learned tokens of what was held out: split or whole, the same lines."""
-    model.eval()
-    total, tokens = 0.0, 0
-    for row in data.held_out:
-        batch = data.collate([row])
-        learned = int((batch["labels"] != -100).sum())
-        with torch.no_grad():
-            total += float(model(**batch).loss) * learned
-        tokens += learned
-    return total / tokens
+def held_out(data: TrainingData) -> DataLoader:
+    """Batches of what is held out; the loss of them does not depend on how many rows one has."""
+    return DataLoader(data.held_out, batch_size=2, collate_fn=data.collate)
 
 
 def train(model, data: TrainingData, steps: int, learning_rate: float) -> tuple[float, float]:
@@ -55,9 +48,9 @@ def train(model, data: TrainingData, steps: int, learning_rate: float) -> tuple[
         trainer = SplitTrainer(
             model=model, args=arguments, train_dataset=data.train, data_collator=data.collate
         )
-        before = held_out_loss(model, data)
+        before = held_out_loss(model, held_out(data))
         trainer.train()
-        return before, held_out_loss(model, data)
+        return before, held_out_loss(model, held_out(data))
 
 
 def main() -> None:
@@ -92,7 +85,7 @@ def main() -> None:
             model.save_adapter(asked.output)
 
     whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), asked.output)
-    print(f"the whole model with {asked.output}, loss: {held_out_loss(whole, data):.4f}")
+    print(f"the whole model with {asked.output}, loss: {held_out_loss(whole, held_out(data)):.4f}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from splitlearn.client.split_model import AutoSplitModelForCausalLM
     from splitlearn.server.trunk_server import TrunkServer
+    from splitlearn.training.evaluation import TokenWeightedEvaluation, held_out_loss
     from splitlearn.training.trainer import SplitTrainer, SplitTrainerMixin
 
 __version__ = "0.1.0"
@@ -13,8 +14,10 @@ __all__ = [
     "AutoSplitModelForCausalLM",
     "SplitTrainer",
     "SplitTrainerMixin",
+    "TokenWeightedEvaluation",
     "TrunkServer",
     "__version__",
+    "held_out_loss",
 ]
 
 # Loaded when first asked for, so that `import splitlearn` and `splitlearn --help` need no torch.
@@ -22,7 +25,9 @@ _HOMES = {
     "AutoSplitModelForCausalLM": "splitlearn.client.split_model",
     "SplitTrainer": "splitlearn.training.trainer",
     "SplitTrainerMixin": "splitlearn.training.trainer",
+    "TokenWeightedEvaluation": "splitlearn.training.evaluation",
     "TrunkServer": "splitlearn.server.trunk_server",
+    "held_out_loss": "splitlearn.training.evaluation",
 }
 
 

@@ -121,7 +121,7 @@ class AnomalyConfig(Settings):
     slow_factor: PositiveFloat = 0.1
     """What `slow` multiplies the learning rate by."""
     slow_steps: PositiveInt = 20
-    """For how many further steps."""
+    """How many further steps `slow` lowers it for."""
 
 
 class WireLimits(Settings):

@@ -72,7 +72,7 @@ def test_public_names_are_listed_before_they_are_loaded() -> None:
     assert set(splitlearn.__all__) <= set(dir(splitlearn))
 
 
-@pytest.mark.parametrize("name", ["AutoSplitModelForCausalLM", "TrunkServer"])
+@pytest.mark.parametrize("name", ["AutoSplitModelForCausalLM", "TrunkServer", "held_out_loss"])
 def test_public_names_load(name: str) -> None:
     import splitlearn
 

@@ -29,6 +29,7 @@ STEPS, SAVE_STEPS = 30, 3
 WAIT_S = 60
 TOLD = f"--max-steps {STEPS} --save-steps {SAVE_STEPS} --learning-rate 2e-2 --lora-r 4 --lora-dropout 0.1"
 HOW = [*shlex.split(TOLD), "--max-tokens", "48", "--batch-size", "2", "--accumulation", "2"]
+HOW += ["--precision", "float32"]  # the whole model that it is held against is in it
 
 
 def say(*words: object) -> tuple[int, str, str]:

@@ -228,7 +228,7 @@ class SplitInHalf(HalfOnCpu, SplitTrainer):
 
 @pytest.fixture
 def half(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("splitlearn.training.trainer._autocast", lambda args: "float16")
+    monkeypatch.setattr("splitlearn.training.run_plan.autocast_of", lambda args: "float16")
 
 
 @pytest.mark.usefixtures("half")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,12 @@ def read_config(file: Path, options: dict[str, bool]) -> dict[str, Any]:
     return found
 
 
-def write_config(context: typer.Context, file: Path, leave_out: set[str]) -> None:
-    """What this command was told, as a file that another one takes."""
-    told = {name: _plain(value) for name, value in context.params.items() if name not in leave_out}
+def write_config(
+    context: typer.Context, file: Path, leave_out: set[str], decided: Mapping[str, Any] | None = None
+) -> None:
+    """What this command was told, as a file that another one takes; what was `decided` goes before it."""
+    whole = context.params | dict(decided or {})
+    told = {name: _plain(value) for name, value in whole.items() if name not in leave_out}
     kept = {name: value for name, value in told.items() if value not in (None, [])}
     file.write_text(yaml.safe_dump(kept, sort_keys=False))
 

@@ -29,8 +29,9 @@ BEGIN = (
 
 def show_training(folder: Path, address: str, console: Console) -> None:
     """Fine-tune over the wire; print the loss of each few steps, and a text before and after."""
-    from splitlearn.cli.fine_tuning import FineTuning, learnable, lora_of
+    from splitlearn.cli.fine_tuning import FineTuning, learnable
     from splitlearn.cli.text import load_tokenizer
+    from splitlearn.cli.train_arguments import lora_of
     from splitlearn.client.split_model import AutoSplitModelForCausalLM
 
     with tempfile.TemporaryDirectory() as output:
@@ -77,6 +78,7 @@ def settings_for(output: Path) -> TrainSettings:
         batch_size=1,
         accumulation=1,
         learning_rate=2e-3,
+        precision="float32",
         log_steps=4,
         save_steps=STEPS,
         tensorboard=False,

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import LoraConfig
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback
 
 from splitlearn.cli.text import load_tokenizer
+from splitlearn.cli.train_arguments import arguments, precision_of
+from splitlearn.cli.train_progress import Bar, Lines, Show, to_stderr
 from splitlearn.cli.train_settings import TrainSettings
 from splitlearn.errors import CheckpointError, RunLost, SettingError
 from splitlearn.model.checkpoint import Checkpoint
 from splitlearn.training.checkpoint import whole_checkpoints
 from splitlearn.training.data import TrainingData, training_data
+from splitlearn.training.evaluation import TokenWeightedEvaluation, held_out_loss
 from splitlearn.training.packing import require_packable
-from splitlearn.training.tokens import IGNORED
 from splitlearn.training.trainer import SplitTrainer
 
 ADAPTER, RESULT = "adapter", "result.json"
-Show = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +56,16 @@ class FineTuning:
         self._data = data
         self._settings = settings
         self._show = show or to_stderr
+        self.precision, self._told_of_precision = precision_of(settings, model)
         # Made before the model is first called: it tells the run what the run is opened with.
-        self.trainer = HeldOutTrainer(
+        self.trainer = TunedTrainer(
             model=model,
-            args=arguments(settings, model),
+            args=arguments(settings, self.precision, on_cpu=model.device.type == "cpu"),
             train_dataset=data.train,
             eval_dataset=data.held_out or None,
             data_collator=data.collate,
+            learning_rates=settings.learning_rates,
+            anomalies=settings.anomaly,
         )
         self._show_progress(sys.stderr.isatty() if has_bar is None else has_bar)
 
@@ -100,7 +99,7 @@ class FineTuning:
         return done
 
     def _begin(self) -> FineTuned:
-        for line in told_of(self._data):
+        for line in filter(None, (*told_of(self._data), self._told_of_precision)):
             self._show(line)
         if self._settings.resume:
             return read_result(self._settings.output)
@@ -111,7 +110,8 @@ class FineTuning:
     def _held_out_loss(self, when: str) -> float | None:
         if not self._data.held_out:
             return None
-        loss = self.trainer.held_out_loss()
+        with self.trainer.accelerator.autocast():
+            loss = held_out_loss(self._model, self.trainer.get_eval_dataloader())
         self._show(f"held-out loss {when}: {loss:.4f}")
         return loss
 
@@ -124,66 +124,8 @@ class FineTuning:
         self.trainer.add_callback(Bar() if has_bar else Lines(self._show))
 
 
-class HeldOutTrainer(SplitTrainer):
-    """Its evaluation is the mean over all learned tokens; the library's is the mean of its batches' means."""
-
-    control: Any
-
-    def held_out_loss(self) -> float:
-        """In nats a token."""
-        was_training = self.model.training
-        self.model.eval()
-        total, terms = 0.0, 0
-        try:
-            with torch.no_grad(), self.accelerator.autocast():
-                for batch in self.get_eval_dataloader():
-                    learned = int((batch["labels"][:, 1:] != IGNORED).sum())
-                    loss = self.model(**{**self._prepare_inputs(batch), "use_cache": False}).loss
-                    total, terms = total + float(loss) * learned, terms + learned
-        finally:
-            self.model.train(was_training)
-        return total / terms
-
-    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        metrics = {f"{metric_key_prefix}_loss": self.held_out_loss()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-
-class Lines(TrainerCallback):
-    """A line for each log."""
-
-    def __init__(self, show: Show) -> None:
-        self._show = show
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if line := line_of(state.global_step, state.max_steps, logs or {}):
-            self._show(line)
-
-
-class Bar(ProgressCallback):
-    """The library's progress bar, with our lines above it."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if line := line_of(state.global_step, state.max_steps, logs or {}):
-            tqdm.write(line, file=sys.stderr)
-
-
-def line_of(step: int, steps: int, logs: dict[str, float]) -> str:
-    """Empty for a log that is no step's."""
-    names = {
-        "loss": "loss {:.4f}",
-        "eval_loss": "held-out loss {:.4f}",
-        "grad_norm": "gradient norm {:.3g}",
-        "learning_rate": "learning rate {:.3g}",
-    }
-    told = [form.format(logs[name]) for name, form in names.items() if name in logs]
-    return f"step {step} of {steps}: {', '.join(told)}" if told else ""
-
-
-def to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+class TunedTrainer(TokenWeightedEvaluation, SplitTrainer):
+    """Its evaluation weighs each learned token alike, before, during and after."""
 
 
 def learnable(model: str, settings: TrainSettings) -> TrainingData:
@@ -224,74 +166,6 @@ def told_of(data: TrainingData) -> list[str]:
     if data.dropped:
         lines.append(f"{data.dropped:,} examples are left out: nothing to learn lies within --max-tokens")
     return lines
-
-
-def lora_of(settings: TrainSettings) -> LoraConfig | Path:
-    """PEFT's configuration, or the folder of the adapter to go on from."""
-    if settings.start_from is not None:
-        return settings.start_from
-    targets = settings.target_modules
-    return LoraConfig(
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha or 2 * settings.lora_r,
-        lora_dropout=settings.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
-    )
-
-
-def arguments(settings: TrainSettings, model: Any) -> TrainingArguments:
-    """The settings as the library's trainer takes them.
-
-    Raises:
-        SettingError: TensorBoard is wanted and not installed, or the precision cannot be had here.
-    """
-    on_cpu = model.device.type == "cpu"
-    autocast = autocast_of(settings, model.dtype, on_cpu)
-    schedule = settings.schedule
-    return TrainingArguments(
-        output_dir=str(settings.output),
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulation,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="constant_with_warmup" if schedule == "constant" else schedule,
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.clip,
-        bf16=autocast == "bfloat16",
-        fp16=autocast == "float16",
-        seed=settings.seed,
-        save_steps=settings.save_steps,
-        save_total_limit=settings.keep,
-        logging_steps=settings.log_steps,
-        logging_first_step=True,
-        eval_strategy="steps" if settings.eval_steps else "no",
-        eval_steps=settings.eval_steps,
-        report_to="tensorboard" if has_tensorboard(settings.tensorboard) else "none",
-        use_cpu=on_cpu,
-        dataloader_pin_memory=not on_cpu,
-        disable_tqdm=True,
-    )
-
-
-def autocast_of(settings: TrainSettings, weights: torch.dtype, on_cpu: bool) -> str:
-    """What matrix products run in, where that is not what the weights are in."""
-    if settings.precision == "auto":
-        return "bfloat16" if weights is torch.bfloat16 else ""
-    if settings.precision == "float16" and on_cpu:
-        raise SettingError(
-            "--precision float16 needs its loss scaled, which is there on GPUs alone: take bfloat16"
-        )
-    return "" if settings.precision == "float32" else settings.precision
-
-
-def has_tensorboard(wanted: bool | None) -> bool:
-    is_there = importlib.util.find_spec("tensorboard") is not None
-    if wanted and not is_there:
-        raise SettingError("TensorBoard is not installed: `pip install tensorboard`, or --no-tensorboard")
-    return is_there if wanted is None else wanted
 
 
 def require_new(output: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -21,16 +21,11 @@ def setting(settings: type[Settings], name: str, *flags: str, **how: Any) -> Any
 
 
 def with_options_of(settings: type[Settings]) -> Callable[[Verb], Verb]:
-    """Give a verb an option for each of the settings, in their order; its `**told` receives them."""
-    options = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if field.is_required() else field.default,
-            annotation=Annotated[field.annotation, setting(settings, name)],
-        )
-        for name, field in settings.model_fields.items()
-    ]
+    """Give a verb an option for each of the settings, in their order; its `**told` receives them.
+
+    A group's settings are options of their own, behind its name: `grouped` puts them together again.
+    """
+    options = list(_parameters_of(settings))
 
     def add(verb: Verb) -> Verb:
         signature = inspect.signature(verb, eval_str=True)
@@ -41,6 +36,33 @@ def with_options_of(settings: type[Settings]) -> Callable[[Verb], Verb]:
         return verb
 
     return add
+
+
+def _parameters_of(settings: type[Settings], prefix: str = "") -> Iterator[inspect.Parameter]:
+    for name, field in settings.model_fields.items():
+        if group := _group_of(field.annotation):
+            yield from _parameters_of(group, f"{prefix}{name}_")
+            continue
+        yield inspect.Parameter(
+            prefix + name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.is_required() else field.default,
+            annotation=Annotated[field.annotation, setting(settings, name)],
+        )
+
+
+def grouped(settings: type[Settings], told: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What the options of these settings were told, as the settings take it: a group's in a dict."""
+    return {
+        name: grouped(group, told, f"{prefix}{name}_")
+        if (group := _group_of(field.annotation))
+        else told[prefix + name]
+        for name, field in settings.model_fields.items()
+    }
+
+
+def _group_of(kind: Any) -> type[Settings] | None:
+    return kind if inspect.isclass(kind) and issubclass(kind, Settings) else None
 
 
 def default_of(settings: type[Settings], name: str) -> Any:

@@ -18,6 +18,7 @@ from splitlearn.cli.options import (
     OwnDType,
     OwnTopLayers,
     Trunk,
+    grouped,
     with_options_of,
 )
 from splitlearn.cli.train_settings import TrainSettings
@@ -59,10 +60,10 @@ def train(
         ADAPTER,
         FineTuning,
         learnable,
-        lora_of,
         require_new,
         require_same_run,
     )
+    from splitlearn.cli.train_arguments import lora_of, tape_of
     from splitlearn.client.split_model import AutoSplitModelForCausalLM
 
     if settings.resume:
@@ -83,12 +84,15 @@ def train(
         run=settings.run,
         freeze=settings.freeze,
         seed=settings.seed,
+        tape=tape_of(settings),
     )
     with closing(client):
         tuning = FineTuning(client, data, settings)
         if not settings.resume:
             tuning.require_new_run()
-            write_config(context, settings.output / ASKED, leave_out={"config", "resume"})
+            # What "auto" was, so that a resumed training does not choose again, perhaps elsewhere.
+            decided = {"precision": tuning.precision}
+            write_config(context, settings.output / ASKED, leave_out={"config", "resume"}, decided=decided)
         done = tuning.run()
         # Its checkpoints stay: the server's memory is for runs that are trained.
         client.trunk.close_run()
@@ -100,7 +104,7 @@ def train(
 def _settings(told: dict[str, Any]) -> TrainSettings:
     """Raises BadParameter for a value out of its range."""
     try:
-        settings = TrainSettings(**told)
+        settings = TrainSettings(**grouped(TrainSettings, told))
         settings.require_consistent()
     except SettingError as error:
         raise typer.BadParameter(error.message) from None

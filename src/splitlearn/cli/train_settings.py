@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from splitlearn.config import Settings
+from splitlearn.config import AnomalyConfig, Settings
 from splitlearn.errors import SettingError
 
 PrecisionName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -53,6 +53,12 @@ class TrainSettings(Settings):
     """Batches that make one optimizer step."""
     learning_rate: PositiveFloat = 2e-4
     """The highest one, after the warm-up."""
+    learning_rate_bottom: Annotated[float | None, Field(gt=0)] = None
+    """The bottom's own, under the same schedule."""
+    learning_rate_trunk: Annotated[float | None, Field(gt=0)] = None
+    """The trunk's own, under the same schedule."""
+    learning_rate_top: Annotated[float | None, Field(gt=0)] = None
+    """The top's own, under the same schedule."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate falls."""
     warmup_steps: NonNegativeInt = 0
@@ -62,9 +68,17 @@ class TrainSettings(Settings):
     clip: NonNegativeFloat = 1.0
     """The norm that the whole model's gradient may have; 0 does not clip."""
     precision: PrecisionName = "auto"
-    """What both sides multiply matrices in; "auto" is bfloat16 for weights in bfloat16, else float32."""
+    """What both sides multiply matrices in; "auto" is bfloat16 where both devices have it (or the weights are
+    in it), else float16 where both are CUDA devices, else float32."""
     seed: NonNegativeInt = 0
     """Of the adapter's first weights, dropout, the order of the examples and what is held out."""
+
+    tape: Literal["keep", "recompute"] = "keep"
+    """What the trunk keeps of a forward until its gradient comes: all, or its input, to run it again."""
+    tape_checkpoint_every: NonNegativeInt = 0
+    """Of every n-th trunk layer the inner results are computed again instead of kept; 0 keeps all."""
+    anomaly: AnomalyConfig = AnomalyConfig()
+    """What is done about gradients that are not what gradients should be."""
 
     run: str | None = None
     """Name of the training on the server; by default one of its own."""
@@ -78,6 +92,12 @@ class TrainSettings(Settings):
     """Steps between measurements of the held-out loss; by default before and after alone."""
     tensorboard: bool | None = None
     """Write curves for TensorBoard; by default if it is installed."""
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """Of the parts that have one of their own."""
+        told = {part: getattr(self, f"learning_rate_{part}") for part in ("bottom", "trunk", "top")}
+        return {part: rate for part, rate in told.items() if rate is not None}
 
     def require_consistent(self) -> None:
         """Raises SettingError for settings that leave each other without effect."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from splitlearn import __version__
 from splitlearn.engine.engine import Engine
+from splitlearn.model import devices
 from splitlearn.vocabulary import Precision
 from splitlearn.wire.dtypes import dtype_name
-from splitlearn.wire.handshake import FEATURES, PROTOCOL, ModelIdentity
+from splitlearn.wire.handshake import FEATURES, NATIVE_BFLOAT16, PROTOCOL, ModelIdentity
 from splitlearn.wire.messages import TrunkFacts
 
 
@@ -15,7 +16,7 @@ def facts_of(engine: Engine, identity: ModelIdentity, *, draining: bool = False)
     return TrunkFacts(
         protocol=PROTOCOL,
         software=f"splitlearn/{__version__}",
-        features=FEATURES,
+        features=FEATURES | ({NATIVE_BFLOAT16} if devices.has_bfloat16(trunk.device) else set()),
         model_type=trunk.config.model_type,
         hidden_size=trunk.hidden_size,
         bottom_layers=identity.bottom_layers,

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from splitlearn.client.remote_trunk import RemoteTrunk
-from splitlearn.client.training import PARTS, clip_grad_norm, parts_of, plan_run, trunk_of
+from splitlearn.client.training import clip_grad_norm, parts_of, trunk_of
 from splitlearn.config import AnomalyConfig
 from splitlearn.errors import CheckpointError, RunLost, SettingError
 from splitlearn.training.anomaly import AnomalyWatch, Verdict
@@ -26,8 +26,10 @@ from splitlearn.training.checkpoint import (
     save_weights,
     whole_checkpoints,
 )
+from splitlearn.training.part_rates import PartRates
 from splitlearn.training.resume import common_checkpoints, skip
-from splitlearn.vocabulary import OptimizerSettings
+from splitlearn.training.run_plan import plan_by_arguments
+from splitlearn.training.split_metrics import SplitMetrics
 
 UNCLIPPED = float("inf")
 log = logging.getLogger("splitlearn")
@@ -38,7 +40,8 @@ class SplitTrainerMixin:
 
     Everything else stays the library's: data, schedule, logging, evaluation, callbacks, accumulation.
     What is added: gradients are clipped by the norm of the whole model, each optimizer step is the
-    trunk's, too, and one that is skipped because numbers overflowed is skipped on both sides.
+    trunk's, too, and one that is skipped because numbers overflowed is skipped on both sides. Logs also
+    tell what crossed the wire.
 
     Args:
         learning_rates: other rates than the arguments' one for "bottom", "trunk" or "top"; the schedule is
@@ -61,14 +64,13 @@ class SplitTrainerMixin:
         super().__init__(*args, **kwargs)
         if self.args.world_size > 1:
             raise SettingError("a split model is trained by one process: each would train a trunk of its own")
-        self._learning_rates = dict(learning_rates or {})
-        if unknown := self._learning_rates.keys() - set(PARTS):
-            raise SettingError(f"learning_rates names {', '.join(unknown)}: the parts are {', '.join(PARTS)}")
+        self._part_rates = PartRates(learning_rates, self.args.learning_rate)
         self.anomalies = AnomalyWatch(anomalies or AnomalyConfig())
         self._verdict = Verdict()
         self._rates: list[float] = []
         self._trunk: RemoteTrunk = trunk_of(self.model)
-        _plan(self._trunk, self.args)
+        self._split_metrics = SplitMetrics(self._trunk, self.anomalies)
+        plan_by_arguments(self._trunk, self.args)
         self.add_callback(_SkippedSteps(self._trunk))  # type: ignore[attr-defined]
 
     def train(
@@ -89,6 +91,7 @@ class SplitTrainerMixin:
         else:
             folder = None
             self._require_fresh_run()
+        self._split_metrics.begin()
         while True:
             try:
                 trained: TrainOutput = super().train(folder, *args, **kwargs)  # type: ignore[misc]
@@ -186,7 +189,8 @@ class SplitTrainerMixin:
         # The second time it is wrapped by accelerate.
         torchs = getattr(optimizer, "optimizer", optimizer)
         if not hasattr(torchs, "steps_trunk"):
-            torchs.param_groups[:] = list(self._groups_by_part(torchs.param_groups))
+            groups = self._part_rates.groups_by_part(torchs.param_groups, self.model, self._trunk)
+            torchs.param_groups[:] = list(groups)
             torchs.register_step_pre_hook(self._step_trunk)
             torchs.register_step_post_hook(self._restore_rate)
             vars(torchs)["steps_trunk"] = True
@@ -198,6 +202,11 @@ class SplitTrainerMixin:
         loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
         return loss
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs = logs | self._split_metrics.now()
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
     def _step_trunk(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Before the client's own step: if the trunk cannot, nothing has moved."""
         # A fused optimizer is called in any case, and told whether it may move.
@@ -208,29 +217,7 @@ class SplitTrainerMixin:
         self._rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] *= self._verdict.rate
-        self._trunk.step(learning_rate=self._trunk_rate(optimizer.param_groups))
-
-    def _trunk_rate(self, groups: list[dict[str, Any]]) -> float:
-        """The schedule's rate now, or as much of the trunk's own as the schedule leaves of a group's."""
-        if not self._learning_rates:
-            return float(groups[0]["lr"])
-        wanted = self._learning_rates.get("trunk", self.args.learning_rate)
-        moving = next((group for group in groups if group.get("initial_lr", group["lr"])), None)
-        if moving is None:
-            return float(wanted)
-        return float(wanted * moving["lr"] / moving.get("initial_lr", moving["lr"]))
-
-    def _groups_by_part(self, groups: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The optimizer's groups, cut where bottom and top have rates of their own."""
-        if not self._learning_rates.keys() & {"bottom", "top"}:
-            yield from groups
-            return
-        part_of = {id(parameter): part for part, parameter in parts_of(self.model, self._trunk)}
-        for group in groups:
-            for part in ("bottom", "top"):
-                its = [each for each in group["params"] if part_of[id(each)] == part]
-                rate = self._learning_rates.get(part, group["lr"])
-                yield group | {"params": its, "lr": rate, "part": part}
+        self._trunk.step(learning_rate=self._part_rates.of_trunk(optimizer.param_groups))
 
     def _restore_rate(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """The schedule knows nothing of steps that were made smaller."""
@@ -281,29 +268,6 @@ class _SkippedSteps(TrainerCallback):
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         if self._trunk.run.unapplied:
             self._trunk.skip_step()
-
-
-def _plan(trunk: RemoteTrunk, args: TrainingArguments) -> None:
-    """Tell the run, before it opens, what the arguments say."""
-    plan_run(
-        trunk,
-        OptimizerSettings(
-            name=str(getattr(args.optim, "value", args.optim)),
-            learning_rate=args.learning_rate,
-            weight_decay=args.weight_decay,
-            beta1=args.adam_beta1,
-            beta2=args.adam_beta2,
-            epsilon=args.adam_epsilon,
-        ),
-        accumulation=args.gradient_accumulation_steps,
-        autocast=_autocast(args),
-    )
-
-
-def _autocast(args: TrainingArguments) -> str:
-    if args.fp16:
-        return "float16"
-    return "bfloat16" if args.bf16 else ""
 
 
 def _spoil(model: nn.Module, trunk: RemoteTrunk) -> None:

@@ -15,6 +15,8 @@ from splitlearn.wire.steps import precision_from_proto, precision_to_proto
 
 PROTOCOL = 1
 FEATURES = frozenset({"generate", "train"})
+NATIVE_BFLOAT16 = "bfloat16"
+"""A further feature, of a trunk whose device multiplies matrices in bfloat16 by itself."""
 CLIENT_ID_BYTES = 16
 
 
@@ -197,7 +199,7 @@ def facts_to_proto(facts: TrunkFacts, limits: WireLimits, answer_window: int) ->
     return pb.DescribeReply(
         protocol=PROTOCOL,
         software=f"splitlearn/{__version__}",
-        features=sorted(FEATURES),
+        features=sorted(facts.features),
         fingerprint=identity_to_proto(_identity_of(facts)),
         precision=precision_to_proto(facts.precision),
         limits=limits_to_proto(facts, limits, answer_window),

@@ -6,9 +6,16 @@ import yaml
 from typer.testing import CliRunner
 
 from splitlearn.cli.config_file import read_config, take_config, write_config
-from splitlearn.cli.options import with_options_of
+from splitlearn.cli.options import grouped, with_options_of
 from splitlearn.config import Settings
 from splitlearn.errors import SettingError
+
+
+class Oven(Settings):
+    """How hot it is."""
+
+    degrees: int = 180
+    """Celsius."""
 
 
 class Kitchen(Settings):
@@ -20,6 +27,8 @@ class Kitchen(Settings):
     """In grams."""
     hot: bool | None = None
     """By default as it comes."""
+    oven: Oven = Oven()
+    """For the bread."""
 
 
 @pytest.fixture
@@ -35,7 +44,7 @@ def soup(tmp_path):
         **told,
     ) -> None:
         write_config(context, tmp_path / "told.yaml", leave_out={"config"})
-        cooked.append(Kitchen(**told))
+        cooked.append(Kitchen(**grouped(Kitchen, told)))
 
     cooked: list[Kitchen] = []
 
@@ -59,6 +68,14 @@ def test_the_command_line_goes_before_the_file_and_the_file_before_the_default(s
     told = soup("--salt", "3", "--config", str(file), "--spice", "mint", "--hot")
     assert told == Kitchen(spice=["mint"], salt=3.0, hot=True)
     assert soup("--spice", "mint") == Kitchen(spice=["mint"])
+
+
+def test_a_groups_settings_are_options_and_keys_behind_its_name(soup, tmp_path):
+    assert soup("--spice", "mint", "--oven-degrees", "220") == Kitchen(spice=["mint"], oven=Oven(degrees=220))
+    file = written(tmp_path, "spice: [mint]\noven_degrees: 90\n")
+    assert soup("--config", str(file)).oven == Oven(degrees=90)
+    assert soup("--config", str(tmp_path / "told.yaml")).oven == Oven(degrees=90)
+    assert soup("--spice", "mint").oven == Oven()
 
 
 def test_what_was_told_is_a_file_that_tells_the_same(soup, tmp_path):
