@@ -82,6 +82,7 @@ def train(
         lora=lora_of(settings),
         run=settings.run,
         freeze=settings.freeze,
+        full=settings.full,
         seed=settings.seed,
     )
     with closing(client):

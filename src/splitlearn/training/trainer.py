@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
+from splitlearn.client.parts import PARTS, parts_of, trunk_of
 from splitlearn.client.remote_trunk import RemoteTrunk
-from splitlearn.client.training import PARTS, clip_grad_norm, parts_of, plan_run, trunk_of
+from splitlearn.client.training import clip_grad_norm, plan_run
 from splitlearn.config import AnomalyConfig
 from splitlearn.errors import CheckpointError, RunLost, SettingError
 from splitlearn.training.anomaly import AnomalyWatch, Verdict
