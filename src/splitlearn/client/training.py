@@ -22,8 +22,9 @@ from splitlearn.client.parts import (
     trunk_of,
     units_in_full,
 )
-from splitlearn.client.remote_trunk import NO_RUN, RemoteTrunk
+from splitlearn.client.remote_trunk import RemoteTrunk
 from splitlearn.client.run import require_same
+from splitlearn.client.trunk_operation import NO_RUN
 from splitlearn.errors import AdapterError, SettingError, UnsupportedCall
 from splitlearn.model.lora import ADAPTER, add_lora, settings_of
 from splitlearn.vocabulary import LoraSettings, OptimizerSettings, Precision, RunSettings, TapeSettings
