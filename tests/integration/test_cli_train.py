@@ -178,6 +178,21 @@ def test_what_was_trained_can_be_gone_on_from_and_parts_be_frozen(
     assert all(".layers.2." in name or ".layers.3." in name for name in changed)
 
 
+def test_parts_can_be_trained_in_full_and_merged(trunk, model_folder, data, tmp_path):
+    words = ["train", model_folder, "--trunk", trunk.address, "--data", data, "--no-tensorboard"]
+    words += ["--full", "bottom", "--full", "top", "--output", tmp_path / "out", "--save-steps", 1]
+    code, _, errors = say(*words, "--max-steps", 1, "--max-tokens", 48, "--held-out", 0)
+    assert code == 0, errors
+    code, _, errors = say("export", tmp_path / "out", "--merge", "--output", tmp_path / "merged")
+    assert code == 0, errors
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(each) for each in (model_folder, tmp_path / "merged")
+    )
+    kept = {name for name, each in before.named_parameters() if torch.equal(each, after.get_parameter(name))}
+    assert not torch.equal(before.model.norm.weight, after.model.norm.weight)
+    assert all(".layers.2." in name or ".layers.3." in name for name in kept)
+
+
 def test_runs_are_listed_and_deleted(unbroken, resumed, trunk):
     code, shown, _ = say("runs", trunk.address)
     assert code == 0

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from splitlearn.client.training import trunk_of
+from splitlearn.client.parts import trunk_of
 from splitlearn.model.lora import ADAPTER, add_lora, settings_of, weights_of
 
 LORA = LoraConfig(r=4, target_modules="all-linear")

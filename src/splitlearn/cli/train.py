@@ -83,6 +83,7 @@ def train(
         lora=lora_of(settings),
         run=settings.run,
         freeze=settings.freeze,
+        full=settings.full,
         seed=settings.seed,
         tape=tape_of(settings),
     )

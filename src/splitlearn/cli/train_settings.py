@@ -42,6 +42,9 @@ class TrainSettings(Settings):
     """Folder of a PEFT adapter to go on from, in place of the four settings before."""
     freeze: list[str] = Field(default=[])
     """A part that is not trained, `bottom`, `trunk` or `top`; repeat the option for two."""
+    full: list[str] = Field(default=[])
+    """A part that is trained in all its weights, in place of an adapter, `bottom` or `top`; repeat the option
+    for both."""
 
     epochs: PositiveFloat = 3.0
     """How often each example is learned."""

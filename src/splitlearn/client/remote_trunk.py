@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from transformers import Cache
 
 from splitlearn.client.call_context import Call, CallContext
 from splitlearn.client.remote_cache import session_of
 from splitlearn.client.run import ClientRun, require_same
+from splitlearn.client.sent import positions_to_send, require_in_step, without_cache
 from splitlearn.client.transport import Transport
+from splitlearn.client.trunk_operation import NO_RUN, Trained, Untrained
 from splitlearn.config import ClientConfig
 from splitlearn.errors import RunLost, SettingError, UnsupportedCall
 from splitlearn.vocabulary import LoraSettings, StepKey, Timings, Versions
@@ -76,11 +76,11 @@ class RemoteTrunk(nn.Module):
         call = self._context.call
         answer_BTD: Tensor
         if self.planned is None or call.cache is not None:
-            answer_BTD = _Untrained.apply(hidden_states, self, call)  # type: ignore[no-untyped-call]
+            answer_BTD = Untrained.apply(hidden_states, self, call)  # type: ignore[no-untyped-call]
         elif torch.is_grad_enabled():
-            answer_BTD = _Trained.apply(hidden_states, self._anchor, self, self.run, call)  # type: ignore[no-untyped-call]
+            answer_BTD = Trained.apply(hidden_states, self._anchor, self, self.run, call)  # type: ignore[no-untyped-call]
         else:
-            sent_BTD, mask_BT, positions_BT = _without_cache(hidden_states, call)
+            sent_BTD, mask_BT, positions_BT = without_cache(hidden_states, call)
             answer_BTD = self.run.evaluate(sent_BTD, mask_BT, positions_BT).to(hidden_states.device)
         return answer_BTD
 
@@ -229,15 +229,15 @@ class RemoteTrunk(nn.Module):
             answer = self._lone_step(sent_BTD, call)
         else:
             session = session_of(call.cache, self.layers, self.transport, self._opening)
-            _require_in_step(call.cache, self.layers, session.length + sent_BTD.shape[1])
-            positions_BT = _positions_to_send(call, sent_BTD, session.length)
+            require_in_step(call.cache, self.layers, session.length + sent_BTD.shape[1])
+            positions_BT = positions_to_send(call, sent_BTD, session.length)
             answer = session.step(sent_BTD, call.mask_BL, positions_BT, self._deadline_s(sent_BTD))
         assert answer.activation_BTD is not None
         self.last_timings = answer.timings
         return answer.activation_BTD.to(activation_BTD.device)
 
     def _lone_step(self, sent_BTD: Tensor, call: Call) -> AnswerMessage:
-        _, mask_BT, positions_BT = _without_cache(sent_BTD, call)
+        _, mask_BT, positions_BT = without_cache(sent_BTD, call)
         return self.transport.step(
             StepMessage(
                 key=StepKey(step=next(self._lone_steps)),
@@ -258,94 +258,3 @@ class RemoteTrunk(nn.Module):
         rows, tokens = activation_BTD.shape[:2]
         is_decode = rows * tokens <= self._config.decode_tokens
         return self._config.decode_s if is_decode else self._config.prefill_s
-
-
-NO_RUN = (
-    "this model was loaded to generate: load it with lora=LoraConfig(...) to train it, "
-    "or with freeze=['trunk'] to train bottom and top alone"
-)
-
-
-_WITH_CACHE = "a forward with a cache gives no gradients: call the model with use_cache=False"
-
-
-class _Untrained(torch.autograd.Function):
-    """Says clearly what is missing, where a gradient is asked for."""
-
-    @staticmethod
-    def forward(ctx: Any, activation_BTD: Tensor, remote: RemoteTrunk, call: Call) -> Tensor:
-        ctx.why_not = NO_RUN if remote.planned is None else _WITH_CACHE
-        return remote.exchange(activation_BTD, call)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        raise UnsupportedCall(ctx.why_not)
-
-
-class _Trained(torch.autograd.Function):
-    """The trunk as one operation: its forward here, its backward there."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, activation_BTD: Tensor, anchor: Tensor, remote: RemoteTrunk, run: ClientRun, call: Call
-    ) -> Tensor:
-        sent_BTD, mask_BT, positions_BT = _without_cache(activation_BTD, call)
-        ctx.run = run
-        ctx.asked, answer_BTD = run.forward(
-            sent_BTD,
-            mask_BT,
-            positions_BT,
-            training=remote.training,
-            want_input_gradient=ctx.needs_input_grad[0],
-        )
-        return answer_BTD.to(activation_BTD.device)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        if getattr(ctx, "went_back", False):
-            raise UnsupportedCall(
-                "the trunk gives one gradient a forward: add the losses before backward, or forward again"
-            )
-        ctx.went_back = True
-        gradient_BTD = ctx.run.backward(ctx.asked, to_host(gradients[0]))
-        return None if gradient_BTD is None else gradient_BTD.to(gradients[0].device), None, None, None, None
-
-
-def _without_cache(activation_BTD: Tensor, call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What a forward of whole sequences sends: activation, mask and positions, the latter two if they say
-    more than that every token counts and stands where it stands.
-    """
-    sent_BTD = to_host(activation_BTD)
-    mask_BT = call.mask_BL
-    is_padded = mask_BT is not None and not bool(mask_BT.all())
-    return (
-        sent_BTD,
-        mask_BT.cpu().bool() if mask_BT is not None and is_padded else None,
-        _positions_to_send(call, sent_BTD, 0),
-    )
-
-
-def _require_in_step(cache: Cache, trunk: range, length: int) -> None:
-    """A call that failed at the trunk leaves the bottom's cache with tokens that the trunk's lacks.
-
-    To go on would give a plausible, wrong answer.
-    """
-    below = cache.layers[trunk.start - 1].get_seq_length()
-    if below != length:
-        raise UnsupportedCall(
-            f"past_key_values is torn: the bottom holds {below} tokens, the trunk would hold {length}, "
-            "because an earlier call failed halfway. Generate again from the prompt"
-        )
-
-
-def _positions_to_send(call: Call, activation_BTD: Tensor, start: int) -> Tensor | None:
-    """None where the positions go on from the session's length, as they mostly do."""
-    if call.positions_BT is None:
-        return None
-    rows, tokens = activation_BTD.shape[:2]
-    if call.positions_BT.numel() == 1 and call.positions_BT.item() == start:
-        return None
-    positions_BT = call.positions_BT.cpu().expand(rows, tokens)
-    goes_on = torch.arange(start, start + tokens).expand(rows, tokens)
-    return None if torch.equal(positions_BT, goes_on) else positions_BT

@@ -57,6 +57,7 @@ class AutoSplitModelForCausalLM:
         lora: LoraConfig | str | Path | None = None,
         run: str | None = None,
         freeze: Collection[str] = (),
+        full: Collection[str] = (),
         seed: int = 0,
         tape: TapeSettings | None = None,
         allow_download: bool = True,
@@ -79,6 +80,7 @@ class AutoSplitModelForCausalLM:
                 trained, bottom, trunk and top alike. The run on the trunk opens at the first training step.
             run: the run's name, which joins it where it is open already; by default a name of its own.
             freeze: which of "bottom", "trunk", "top" are not trained.
+            full: which of "bottom" and "top" are trained in all their weights, in place of an adapter.
             seed: of the adapter's first weights and of dropout.
             tape: what the trunk keeps of a forward until its gradient comes: all of it by default.
             allow_download: whether the trunk's part of the adapter may be fetched from the server.
@@ -103,7 +105,7 @@ class AutoSplitModelForCausalLM:
             model = connect(
                 checkpoint, plan, transport, client_config, weights_dtype, device, attn_implementation
             )
-            prepare_training(model, lora, run, freeze, seed, tape, allow_download=allow_download)
+            prepare_training(model, lora, run, freeze, seed, tape, full=full, allow_download=allow_download)
             return model
         except BaseException:
             transport.close()
@@ -152,16 +154,20 @@ class SplitModel:
     def adapter_weights(self) -> dict[str, Tensor]:
         """The whole model's adapter as it is now, by the names in a PEFT file less its prefix.
 
+        Of a part that is trained in full, all its weights are in it.
+
         Raises:
-            UnsupportedCall: the model has no adapter; AccessDenied: the run keeps the trunk's part.
+            UnsupportedCall: the model is not trained; AccessDenied: the run keeps the trunk's part.
         """
         return adapter_files.adapter_weights(self, self.trunk)
 
     def save_adapter(self, folder: str | Path) -> None:
         """Write one PEFT folder for the whole model; the trunk's part is fetched.
 
+        A part that is trained in full is in it, too, under PEFT's `modules_to_save`.
+
         Raises:
-            UnsupportedCall: the model has no adapter; AccessDenied: the run keeps the trunk's part.
+            UnsupportedCall: the model is not trained; AccessDenied: the run keeps the trunk's part.
         """
         adapter_files.save_adapter(self, self.trunk, Path(folder))
 

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 from transformers import PreTrainedModel
 
-from splitlearn.client.adapter_files import read_config, start_from
-from splitlearn.client.remote_trunk import NO_RUN, RemoteTrunk
+from splitlearn.client.adapter_files import lora_of, start_from
+from splitlearn.client.parts import (
+    ENDS,
+    parameters_around,
+    require_parts,
+    train_parts,
+    trunk_of,
+    units_in_full,
+)
+from splitlearn.client.remote_trunk import RemoteTrunk
 from splitlearn.client.run import require_same
-from splitlearn.errors import SettingError, UnsupportedCall
+from splitlearn.client.trunk_operation import NO_RUN
+from splitlearn.errors import AdapterError, SettingError, UnsupportedCall
 from splitlearn.model.lora import ADAPTER, add_lora, settings_of
 from splitlearn.vocabulary import LoraSettings, OptimizerSettings, Precision, RunSettings, TapeSettings
 from splitlearn.wire.messages import OpenRun
 
-PARTS = ("bottom", "trunk", "top")
 NOT_TRAINED = LoraSettings(r=0)
 CLIP_EPSILON = 1e-6
 
@@ -33,6 +42,7 @@ def prepare_training(
     seed: int,
     tape: TapeSettings | None = None,
     *,
+    full: Collection[str] = (),
     allow_download: bool = True,
 ) -> None:
     """Put LoRA on bottom and top, and plan the trunk's run; without `lora` and `freeze` nothing is done.
@@ -41,31 +51,31 @@ def prepare_training(
     those of `AutoSplitModelForCausalLM.from_pretrained`.
 
     Raises:
-        SettingError: `freeze` names no part, or leaves nothing to train.
+        SettingError: `freeze` or `full` names no part, or they leave nothing to train.
         AdapterError: the LoRA settings cannot be used.
     """
-    if unknown := set(freeze) - set(PARTS):
-        raise SettingError(f"freeze names {', '.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
-    if set(freeze) == set(PARTS):
-        raise SettingError("freeze names every part: leave out one to train")
-    if lora is None and "trunk" not in freeze:
-        if freeze or run is not None:
-            raise SettingError(
-                "give lora=LoraConfig(...) to train the trunk, or freeze=['trunk'] to leave it be"
-            )
-        return
-    adapter = NOT_TRAINED
+    require_parts(freeze, full)
     folder = None if lora is None or isinstance(lora, LoraConfig) else Path(lora)
     if folder is not None:
-        lora = read_config(folder)
+        lora = lora_of(folder)
+    if lora is None:
+        if "trunk" not in freeze:
+            if freeze or full or run is not None or folder is not None:
+                raise SettingError(
+                    "give lora=LoraConfig(...) to train the trunk, or freeze=['trunk'] to leave it be"
+                )
+            return
+        full = _all_in_full(freeze, full)
+    adapter = NOT_TRAINED
     if isinstance(lora, LoraConfig):
         adapter = settings_of(lora, model.config.model_type)
         add_lora(model, adapter, ADAPTER, seed)
         model._hf_peft_config_loaded = True  # what transformers' own add_adapter notes
+        _require_writable(model, freeze, full)
     trunk = trunk_of(model)
-    for part, parameter in parts_of(model, trunk):
-        if part in freeze:
-            parameter.requires_grad_(False)
+    train_parts(model, trunk, freeze, full)
+    # Said now, and not after hours of training.
+    units_in_full(model, trunk)
     trunk.lora = adapter
     asked = NOT_TRAINED if "trunk" in freeze else adapter
     name = run or f"run-{secrets.token_hex(8)}"
@@ -75,28 +85,31 @@ def prepare_training(
         start_from(model, trunk, folder)
 
 
-def trunk_of(model: nn.Module) -> RemoteTrunk:
-    """The remote layer of a split model, whatever wraps the model.
+def _require_writable(model: PreTrainedModel, freeze: Collection[str], full: Collection[str]) -> None:
+    """PEFT's file says which layers have an adapter, but adapters of experts' fused weights are in all.
 
     Raises:
-        SettingError: this is no split model.
+        AdapterError: some layers are to have none, and the experts are targets.
     """
-    for module in model.modules():
-        if isinstance(module, RemoteTrunk):
-            return module
-    raise SettingError("this is no split model: load it with AutoSplitModelForCausalLM.from_pretrained")
+    config = model.peft_config[ADAPTER]
+    if config.target_parameters and (full or "trunk" in freeze):
+        reached = ", ".join(sorted(config.target_parameters))
+        raise AdapterError(
+            f"the adapter's targets reach experts ({reached}), whose adapters PEFT loads into all layers or "
+            "none, not beside parts in full or a frozen trunk: name other modules, for example "
+            "target_modules=['q_proj', 'v_proj']"
+        )
 
 
-def parts_of(model: nn.Module, trunk: RemoteTrunk) -> Iterator[tuple[str, nn.Parameter]]:
-    """Each parameter of the client once, in the whole model's order, as ("bottom" | "top", parameter)."""
-    part, seen = "bottom", set()
-    for module in model.modules():
-        if module is trunk:
-            part = "top"
-        for parameter in module.parameters(recurse=False):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield part, parameter
+def _all_in_full(freeze: Collection[str], full: Collection[str]) -> Collection[str]:
+    """Without LoRA what is not frozen is trained in full; who names some of it must have meant all."""
+    rest = [part for part in ENDS if part not in freeze]
+    if full and set(full) != set(rest):
+        raise SettingError(
+            f"without lora= full={sorted(full)} says nothing of {', '.join(sorted(set(rest) - set(full)))}: "
+            "name it in full or in freeze"
+        )
+    return rest
 
 
 def clip_grad_norm(model: nn.Module, max_norm: float, trunk_norms: Tensor | None = None) -> Tensor:
@@ -116,8 +129,7 @@ def clip_grad_norm(model: nn.Module, max_norm: float, trunk_norms: Tensor | None
     """
     trunk = trunk_of(model)
     below, above = (
-        [each.grad for part, each in parts_of(model, trunk) if part == side and each.grad is not None]
-        for side in ("bottom", "top")
+        [each.grad for each in side if each.grad is not None] for side in parameters_around(model, trunk)
     )
     device = next((gradient.device for gradient in (*below, *above)), torch.device("cpu"))
     between = trunk.grad_norms() if trunk_norms is None else trunk_norms
@@ -126,12 +138,20 @@ def clip_grad_norm(model: nn.Module, max_norm: float, trunk_norms: Tensor | None
     norms = [*_norms(below), *between.unbind(), *_norms(above)]
     if not norms:
         return torch.zeros(())
+    # The trunk's gradients are float32, as its norms are.
+    norms = [norms[index] for index in _torchs_order([*below, *between.unbind(), *above])]
     total = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]))
     scale = torch.clamp(max_norm / (total + CLIP_EPSILON), max=1.0)
     for gradient in (*below, *above):
         gradient.mul_(scale.to(gradient.device))
     trunk.gradient_scale *= float(scale)
     return total
+
+
+def _torchs_order(gradients: list[Tensor]) -> list[int]:
+    """torch takes norms by precision: half-precision weights in full stand beside a float32 adapter."""
+    groups = _group_tensors_by_device_and_dtype([gradients], with_indices=True)  # type: ignore[list-item]
+    return [index for _, indices in groups.values() for index in indices]
 
 
 def _norms(gradients: list[Tensor]) -> list[Tensor]:

@@ -10,7 +10,8 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from splitlearn.client.training import prepare_training, trunk_of
+from splitlearn.client.parts import trunk_of
+from splitlearn.client.training import prepare_training
 from splitlearn.engine.engine import Engine
 from splitlearn.engine.run import Run
 from splitlearn.model.lora import ADAPTER, add_lora, settings_of, weights_of

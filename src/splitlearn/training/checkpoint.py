@@ -58,8 +58,8 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         name: each.shape for name, each in weights.items()
     }:
         raise CheckpointError(
-            f"{folder} was trained with other LoRA settings, another cut, or other parts frozen: load the "
-            "model as it was loaded then"
+            f"{folder} was trained with other LoRA settings, another cut, or other parts frozen or in full: "
+            "load the model as it was loaded then"
         )
     for name, parameter in trained.items():
         parameter.copy_(weights[name])

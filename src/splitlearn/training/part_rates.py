@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from splitlearn.client.parts import PARTS, parts_of
 from splitlearn.client.remote_trunk import RemoteTrunk
-from splitlearn.client.training import PARTS, parts_of
 from splitlearn.errors import SettingError
 
 Group = dict[str, Any]

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
+from splitlearn.client.parts import parts_of, trunk_of
 from splitlearn.client.remote_trunk import RemoteTrunk
-from splitlearn.client.training import clip_grad_norm, parts_of, trunk_of
+from splitlearn.client.training import clip_grad_norm
 from splitlearn.config import AnomalyConfig
 from splitlearn.errors import CheckpointError, RunLost, SettingError
 from splitlearn.training.anomaly import AnomalyWatch, Verdict

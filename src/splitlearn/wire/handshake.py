@@ -11,7 +11,7 @@ from splitlearn.vocabulary import Precision
 from splitlearn.wire.codecs import CODECS
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.messages import TrunkFacts
-from splitlearn.wire.steps import precision_from_proto, precision_to_proto
+from splitlearn.wire.precision import precision_from_proto, precision_to_proto
 
 PROTOCOL = 1
 FEATURES = frozenset({"generate", "train"})

@@ -9,7 +9,7 @@ from splitlearn.errors import MessageError
 from splitlearn.vocabulary import LoraSettings, OptimizerSettings, RunSettings, TapeSettings
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.messages import OpenRun, RunFacts
-from splitlearn.wire.steps import precision_from_proto, precision_to_proto
+from splitlearn.wire.precision import precision_from_proto, precision_to_proto
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 MAX_TARGETS = 256

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from splitlearn.config import WireLimits
-from splitlearn.errors import FrameError, MessageError
-from splitlearn.vocabulary import Phase, Precision, Role, StepKey, Timings, Versions
-from splitlearn.wire.dtypes import dtype_name, dtype_named
-from splitlearn.wire.frames import DTYPE_IDS, DTYPES, FrameFormat, decode_frame, encode_frame
+from splitlearn.errors import MessageError
+from splitlearn.vocabulary import Phase, Role, StepKey, Timings, Versions
+from splitlearn.wire import step_fields
+from splitlearn.wire.frames import FrameFormat, decode_frame, encode_frame
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.messages import (
     AnswerMessage,
     CloseMessage,
     ForkMessage,
     OpenSession,
-    OptimizerStep,
     RunStepMessage,
     StepMessage,
 )
+from splitlearn.wire.precision import precision_from_proto, precision_to_proto
 from splitlearn.wire.status import error_from_proto, error_to_proto
-
-MAX_POSITION = 1 << 31
-MAX_DEADLINE_S = 24 * 3600.0
 
 # B rows   T tokens   D hidden
 
@@ -64,19 +60,19 @@ def step_from_proto(
         NotServed: the phase belongs to a run.
     """
     key = key_from_proto(proto.key)
-    rows, tokens = _size(proto.activation, limits)
+    rows, tokens = step_fields.size(proto.activation, limits)
     shape = (rows, tokens, hidden_size)
     activation = decode_frame(proto.activation, Role.ACTIVATION, shape, checksum=checksum, payload=payload)
     return StepMessage(
         key=key,
         activation_BTD=activation,
         open=_open_from_proto(proto.open) if proto.HasField("open") else None,
-        mask_columns_BT=_side(proto, "mask_columns", Role.MASK_COLUMNS, rows, tokens, checksum),
-        positions_BT=_positions(proto, rows, tokens, checksum),
-        keep_positions=_keep_positions(proto),
-        select_rows=_select_rows(proto, rows, limits),
+        mask_columns_BT=step_fields.side(proto, "mask_columns", Role.MASK_COLUMNS, rows, tokens, checksum),
+        positions_BT=step_fields.positions(proto, rows, tokens, checksum),
+        keep_positions=step_fields.keep_positions(proto),
+        select_rows=step_fields.select_rows(proto, rows, limits),
         acked_through=proto.acked_through,
-        deadline_s=_deadline(proto.deadline_s),
+        deadline_s=step_fields.deadline(proto.deadline_s),
         priority=proto.priority,
     )
 
@@ -118,20 +114,20 @@ def run_step_from_proto(
     key = key_from_proto(proto.key)
     tensor, rows, tokens = None, 0, 0
     if key.phase in (Phase.FORWARD, Phase.EVALUATE, Phase.BACKWARD):
-        rows, tokens = _size(proto.activation, limits)
+        rows, tokens = step_fields.size(proto.activation, limits)
         shape = (rows, tokens, hidden_size)
         tensor = decode_frame(proto.activation, _sent(key.phase), shape, checksum=checksum, payload=payload)
     return RunStepMessage(
         key=key,
         tensor_BTD=tensor,
-        mask_columns_BT=_side(proto, "mask_columns", Role.MASK_COLUMNS, rows, tokens, checksum),
-        positions_BT=_positions(proto, rows, tokens, checksum),
+        mask_columns_BT=step_fields.side(proto, "mask_columns", Role.MASK_COLUMNS, rows, tokens, checksum),
+        positions_BT=step_fields.positions(proto, rows, tokens, checksum),
         want_input_gradient=proto.want_input_gradient,
-        loss_scale=_loss_scale(proto),
+        loss_scale=step_fields.loss_scale(proto),
         seed=proto.seed,
-        optimizer=_optimizer(proto) if key.phase is Phase.OPTIMIZER_STEP else None,
+        optimizer=step_fields.optimizer(proto) if key.phase is Phase.OPTIMIZER_STEP else None,
         acked_through=proto.acked_through,
-        deadline_s=_deadline(proto.deadline_s),
+        deadline_s=step_fields.deadline(proto.deadline_s),
     )
 
 
@@ -229,20 +225,6 @@ def close_from_proto(proto: pb.CloseSession) -> CloseMessage:
     return CloseMessage(proto.session, proto.incarnation)
 
 
-def precision_to_proto(precision: Precision) -> pb.Precision:
-    return pb.Precision(
-        weights=_dtype_id(precision.weights),
-        autocast=_dtype_id(precision.autocast),
-        wire=_dtype_id(precision.wire),
-    )
-
-
-def precision_from_proto(proto: pb.Precision) -> Precision:
-    return Precision(
-        weights=_name_of(proto.weights), autocast=_name_of(proto.autocast), wire=_name_of(proto.wire)
-    )
-
-
 def _sent(phase: Phase) -> Role:
     """What a step of this phase, and its answer, carry."""
     return Role.GRADIENT if phase is Phase.BACKWARD else Role.ACTIVATION
@@ -259,37 +241,10 @@ def _add_sides(
         proto.positions.CopyFrom(encode_frame(positions, Role.POSITIONS, format))
 
 
-def _loss_scale(proto: pb.Step) -> float:
-    if not math.isfinite(proto.loss_scale) or proto.loss_scale < 0:
-        raise MessageError(f"a loss scale of {proto.loss_scale}: it must be a positive number")
-    return proto.loss_scale or 1.0
-
-
-def _optimizer(proto: pb.Step) -> OptimizerStep | None:
-    if not proto.HasField("optimizer"):
-        return None
-    step = proto.optimizer
-    if not all(math.isfinite(each) and each >= 0 for each in (step.gradient_scale, step.learning_rate)):
-        raise MessageError("an optimizer step's scale and learning rate are finite numbers, none below 0")
-    return OptimizerStep(step.gradient_scale, step.learning_rate, step.skip)
-
-
 def _norms(proto: pb.Answer, checksum: bool) -> Tensor | None:
     if not proto.HasField("norms"):
         return None
     return decode_frame(proto.norms, Role.NORMS, (None,), checksum=checksum)
-
-
-def _dtype_id(name: str) -> pb.DType:
-    return DTYPE_IDS[dtype_named(name)] if name else pb.DTYPE_UNSPECIFIED
-
-
-def _name_of(wire_id: pb.DType) -> str:
-    if wire_id == pb.DTYPE_UNSPECIFIED:
-        return ""
-    if wire_id not in DTYPES:
-        raise MessageError(f"dtype {wire_id} is not in the protocol")
-    return dtype_name(DTYPES[wire_id])
 
 
 def _open_to_proto(open: OpenSession) -> pb.OpenSession:
@@ -307,57 +262,3 @@ def _open_from_proto(proto: pb.OpenSession) -> OpenSession:
         follow=proto.adapter.follow,
         precision=precision_from_proto(proto.precision),
     )
-
-
-def _size(frame: pb.Frame, limits: WireLimits) -> tuple[int, int]:
-    if len(frame.shape) != 3:
-        raise FrameError(
-            f"an activation has rows, tokens and hidden size, this has shape {list(frame.shape)[:8]}"
-        )
-    rows, tokens = frame.shape[0], frame.shape[1]
-    if not 1 <= rows <= limits.max_rows:
-        raise FrameError(f"a step of {rows} rows; this server takes 1 to {limits.max_rows}")
-    if not 1 <= rows * tokens <= limits.max_tokens:
-        raise FrameError(f"a step of {rows} x {tokens} tokens; this server takes 1 to {limits.max_tokens}")
-    return rows, tokens
-
-
-def _side(proto: pb.Step, field: str, role: Role, rows: int, tokens: int, checksum: bool) -> Tensor | None:
-    if not proto.HasField(field):
-        return None
-    return decode_frame(getattr(proto, field), role, (rows, tokens), checksum=checksum)
-
-
-def _positions(proto: pb.Step, rows: int, tokens: int, checksum: bool) -> Tensor | None:
-    positions = _side(proto, "positions", Role.POSITIONS, rows, tokens, checksum)
-    if positions is None:
-        return None
-    if positions.numel() and int(positions.min()) < 0:
-        raise MessageError(f"a position of {int(positions.min())}; positions start at 0")
-    return positions.long()
-
-
-def _keep_positions(proto: pb.Step) -> int | None:
-    if not proto.HasField("keep_positions"):
-        return None
-    if proto.keep_positions > MAX_POSITION:
-        raise MessageError(f"keep_positions is {proto.keep_positions}, longer than any session")
-    return proto.keep_positions
-
-
-def _select_rows(proto: pb.Step, rows: int, limits: WireLimits) -> tuple[int, ...] | None:
-    if not proto.select_rows:
-        return None
-    if len(proto.select_rows) != rows:
-        raise MessageError(f"select_rows names {len(proto.select_rows)} rows, the activation has {rows}")
-    if max(proto.select_rows) >= limits.max_rows:
-        raise MessageError(
-            f"select_rows names row {max(proto.select_rows)}, over the limit of {limits.max_rows}"
-        )
-    return tuple(proto.select_rows)
-
-
-def _deadline(deadline_s: float) -> float:
-    if not math.isfinite(deadline_s) or not 0 <= deadline_s <= MAX_DEADLINE_S:
-        raise MessageError(f"a deadline of {deadline_s} s; it must lie between 0 and {MAX_DEADLINE_S:g}")
-    return deadline_s
