@@ -269,7 +269,7 @@ from splitlearn import TrunkServer
 sessions = {"session_tokens": 64, "kv_budget_bytes": 64 << 20}
 runs = {"tape_budget_bytes": 60 << 30}
 with TrunkServer(
-    sys.argv[1], port=0, device=sys.argv[2], sessions=sessions, runs=runs, compile=sys.argv[4] == "compile"
+    sys.argv[1], port=0, device=sys.argv[2], sessions=sessions, runs=runs, compile=sys.argv[4]
 ) as server:
     print(server.address, flush=True)
     sys.stdin.read()
@@ -328,7 +328,8 @@ def split_step(bench: Bench, folder: str, how: str = "eager") -> None:
     from splitlearn.client.run import ClientRun
     from splitlearn.client.training import clip_grad_norm
 
-    command = [sys.executable, "-c", SERVE, folder, bench.device, str(SOURCES), how]
+    mode = "max" if how == "compile" else "off"
+    command = [sys.executable, "-c", SERVE, folder, bench.device, str(SOURCES), mode]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         address = server.stdout.readline().strip()
@@ -432,7 +433,7 @@ def trunk_ms(
     )
     sessions = SessionConfig(session_tokens=64, kv_budget_bytes=64 << 20)
     runs = RunConfig(tape_budget_bytes=70 << 30)
-    engine = Engine(segment, BatchingConfig(), sessions, runs, compiled=compiled)
+    engine = Engine(segment, BatchingConfig(), sessions, runs, compile="max" if compiled else "off")
     engine.start()
     lora = LoraSettings(r=16, alpha=32, target_modules=tuple(ATTENTION))
     settings = RunSettings(lora=lora, tape=TapeSettings(checkpoint_every=every))

@@ -64,7 +64,9 @@ def serve(
     disk_budget: Annotated[
         int, setting(RunConfig, "disk_budget_bytes", "--disk-budget", parser=parse_bytes, metavar="BYTES")
     ] = f"{default_of(RunConfig, 'disk_budget_bytes') // GIB}GiB",  # type: ignore[assignment]
-    compile: Annotated[bool, setting(ServerConfig, "compile")] = default_of(ServerConfig, "compile"),
+    compile: Annotated[Literal["off", "default", "max"], setting(ServerConfig, "compile")] = default_of(
+        ServerConfig, "compile"
+    ),
     drain: Annotated[float, setting(ServerConfig, "drain_s", "--drain", metavar="SECONDS")] = default_of(
         ServerConfig, "drain_s"
     ),

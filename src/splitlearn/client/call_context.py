@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,17 @@ class CallContext(threading.local):
 
     def __init__(self) -> None:
         self.stack: list[Call] = []
+        self.stand_in: Callable[[Tensor], Tensor] | None = None
+        """What answers in the trunk's place, where a graph is recorded or compared."""
+
+    @contextmanager
+    def standing_in(self, stand_in: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Within it, on this thread, this answers in the trunk's place."""
+        self.stand_in = stand_in
+        try:
+            yield
+        finally:
+            self.stand_in = None
 
     @property
     def call(self) -> Call:

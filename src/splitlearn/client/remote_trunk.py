@@ -73,6 +73,8 @@ class RemoteTrunk(nn.Module):
     def forward(self, hidden_states: Tensor, **asked: Any) -> Tensor:
         """Activation (B, T, D) at the lower cut -> activation (B, T, D) at the upper cut."""
         assert self._context is not None
+        if self._context.stand_in is not None:
+            return self._context.stand_in(hidden_states)
         call = self._context.call
         answer_BTD: Tensor
         if self.planned is None or call.cache is not None:

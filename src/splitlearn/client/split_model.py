@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 import weakref
 from collections.abc import Collection
+from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +17,7 @@ from transformers import PreTrainedModel
 
 from splitlearn.client import adapter_files
 from splitlearn.client.call_context import watch
+from splitlearn.client.decode_graphs import ClientGraphs, takes_positions
 from splitlearn.client.grpc_transport import GrpcTransport, describe
 from splitlearn.client.remote_trunk import RemoteTrunk
 from splitlearn.client.training import prepare_training
@@ -22,6 +25,8 @@ from splitlearn.client.transport import Transport
 from splitlearn.config import ClientConfig
 from splitlearn.errors import SettingError, SplitMismatch, UnsupportedCall
 from splitlearn.model.checkpoint import Checkpoint
+from splitlearn.model.families import family_of
+from splitlearn.model.masks import FORMS, with_slot_masks
 from splitlearn.model.plan import SplitPlan
 from splitlearn.model.skeleton import decoder_of
 from splitlearn.model.weights import fingerprint, load_client, resolve_dtype
@@ -132,7 +137,13 @@ def connect(
     def trains() -> bool:
         return remote.planned is not None
 
-    remote.listen_to(watch(decoder_of(model), model.config, max_positions, trains))
+    context = watch(decoder_of(model), model.config, max_positions, trains)
+    remote.listen_to(context)
+    if _is_graphed(model, config):
+        decoder_of(model).config = with_slot_masks(model.config)
+        model.__dict__["decode_graphs"] = ClientGraphs(
+            model, context, plan.trunk, remote.exchange, max_positions
+        )
     model.__class__ = _split_class(type(model))
     model.__dict__["trunk"] = remote
     weakref.finalize(model, transport.abandon)
@@ -143,6 +154,8 @@ class SplitModel:
     """What a split model has beyond the library's class: `trunk`, and refusals of what would go wrong."""
 
     trunk: RemoteTrunk
+    decode_graphs: ClientGraphs | None = None
+    """The client's decode steps at fixed shapes; None where they are off, or not known for this family."""
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
         """The folder would load again with random trunk layers."""
@@ -199,8 +212,24 @@ def _warn_of_other_attention(here: str, there: str) -> None:
 
 
 def _split_class(cut_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    names = {"__module__": cut_class.__module__, "__qualname__": cut_class.__qualname__}
+    names_of = tuple(inspect.signature(cut_class.forward).parameters)[1:]
+
+    @wraps(cut_class.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.decode_graphs is not None and self.trunk.planned is None and not self.training:
+            answer = self.decode_graphs.step(dict(zip(names_of, args, strict=False)) | kwargs)
+            if answer is not None:
+                return answer
+        return cut_class.forward(self, *args, **kwargs)
+
+    names = {"__module__": cut_class.__module__, "__qualname__": cut_class.__qualname__, "forward": forward}
     return type(cut_class.__name__, (SplitModel, cut_class), names)
+
+
+def _is_graphed(model: PreTrainedModel, config: ClientConfig) -> bool:
+    """Whether decode steps are to run at fixed shapes, and this family's masks are known there."""
+    known = model.config._attn_implementation in FORMS and family_of(model.config).batched
+    return config.compile != "off" and known and takes_positions(model)
 
 
 def _config_of(config: ClientConfig | None, settings: dict[str, Any]) -> ClientConfig:

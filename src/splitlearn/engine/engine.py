@@ -14,12 +14,13 @@ import structlog
 import torch
 from torch import Tensor
 
-from splitlearn.config import BatchingConfig, RunConfig, SessionConfig
+from splitlearn.config import BatchingConfig, CompileMode, RunConfig, SessionConfig
 from splitlearn.engine.adapter_table import AdapterTable
 from splitlearn.engine.batch import run_batch
 from splitlearn.engine.batch_plan import BatchCounts
 from splitlearn.engine.batcher import Batcher
 from splitlearn.engine.checkpoint import RunSnapshot
+from splitlearn.engine.decode_graphs import DecodeGraphs
 from splitlearn.engine.kv_cache import KvCache
 from splitlearn.engine.ready_step import ReadyRunStep, ReadyStep
 from splitlearn.engine.run import Run
@@ -71,15 +72,21 @@ class Engine:
         sessions: SessionConfig,
         runs: RunConfig | None = None,
         *,
-        compiled: bool = False,
+        compile: CompileMode = "off",
     ) -> None:
         runs = runs or RunConfig()
         self.trunk = trunk
-        self.kv = _kv_cache(trunk, sessions)
+        graphed = compile != "off" and trunk.batched
+        self.kv = _kv_cache(trunk, sessions, spare=graphed)
         self.ran = BatchCounts()
         self._max_positions = trunk.max_positions
-        self._state = state = TrunkState(trunk, compiled=compiled)
-        self._runner = Runner(trunk, self.kv, state)
+        self._state = state = TrunkState(trunk, compiled=compile == "max")
+        self.graphs = (
+            DecodeGraphs(trunk, self.kv, compiled=compile == "max", max_rows=batching.max_batch_rows)
+            if graphed
+            else None
+        )
+        self._runner = Runner(trunk, self.kv, state, self.graphs)
         self.tape = Tape(runs.tape_budget_bytes)
         self._adapters = AdapterTable(state, runs.max_adapters)
         self._runs = RunTable(state, self.tape, runs, self._adapters)
@@ -391,7 +398,7 @@ class Engine:
         return future
 
 
-def _kv_cache(trunk: TrunkSegment, config: SessionConfig) -> KvCache:
+def _kv_cache(trunk: TrunkSegment, config: SessionConfig, *, spare: bool) -> KvCache:
     tokens = min(config.session_tokens, trunk.max_positions or config.session_tokens)
     return KvCache(
         measure_layers(trunk),
@@ -399,6 +406,7 @@ def _kv_cache(trunk: TrunkSegment, config: SessionConfig) -> KvCache:
         slot_tokens=tokens,
         dtype=trunk.dtype,
         device=trunk.device,
+        spare=spare,
     )
 
 

@@ -42,6 +42,7 @@ class KvCache:
         slot_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
+        spare: bool = False,
     ) -> None:
         self.token_bytes = sum(shape.elements for shape in shapes) * dtype.itemsize
         self.slot_tokens = slot_tokens
@@ -51,6 +52,8 @@ class KvCache:
                 f"the KV budget of {budget_bytes:,} bytes holds no session of {slot_tokens:,} tokens "
                 f"({self.token_bytes * slot_tokens:,} bytes): raise --kv-budget or lower --session-tokens"
             )
+        self.spare = self.slots if spare else None
+        """A slot beyond the budget that is nobody's, for rows that only fill a batch up."""
         try:
             self._allocate(shapes, dtype, device)
         except (RuntimeError, OSError) as error:
@@ -58,17 +61,21 @@ class KvCache:
                 f"{self.total_bytes:,} bytes of KV cache cannot be had on {device} "
                 f"({str(error).splitlines()[0]}): lower --kv-budget"
             ) from None
-        self.visible_SL = torch.ones(self.slots, slot_tokens, dtype=torch.bool, device=device)
+        self.visible_SL = torch.ones(self._rows, slot_tokens, dtype=torch.bool, device=device)
         self._free = list(range(self.slots))
 
     def _allocate(self, shapes: Sequence[LayerShape], dtype: torch.dtype, device: torch.device) -> None:
         tokens = self.slot_tokens
         self.keys_SHLE = [
-            _zeros((self.slots, shape.heads, tokens, shape.key_size), dtype, device) for shape in shapes
+            _zeros((self._rows, shape.heads, tokens, shape.key_size), dtype, device) for shape in shapes
         ]
         self.values_SHLE = [
-            _zeros((self.slots, shape.heads, tokens, shape.value_size), dtype, device) for shape in shapes
+            _zeros((self._rows, shape.heads, tokens, shape.value_size), dtype, device) for shape in shapes
         ]
+
+    @property
+    def _rows(self) -> int:
+        return self.slots + (self.spare is not None)
 
     @property
     def slot_bytes(self) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from splitlearn.engine.batch_plan import BatchPlan
+from splitlearn.engine.decode_graphs import DecodeGraphs
 from splitlearn.engine.kv_cache import KvCache, LayerShape
 from splitlearn.engine.slot_cache import SlotCache
 from splitlearn.engine.trunk_state import BARE, AdapterVersion, TrunkState
@@ -28,13 +29,18 @@ class Ran:
 
     activation_BTD: Tensor
     device_us: int
+    is_proven: bool = True
+    """Whether the way that it was computed has been compared with the family's own."""
 
 
 class Runner:
     """The trunk with its KV cache."""
 
-    def __init__(self, trunk: TrunkSegment, kv: KvCache, state: TrunkState) -> None:
+    def __init__(
+        self, trunk: TrunkSegment, kv: KvCache, state: TrunkState, graphs: DecodeGraphs | None = None
+    ) -> None:
         self._trunk = trunk
+        self._graphs = graphs
         self._state = state
         self._kv = kv
         self._cache = SlotCache(kv, list(trunk.sliding_window))
@@ -55,6 +61,38 @@ class Runner:
         whether any row has tokens that may not be looked at.
         """
         self._state.set(adapter)
+        decoded = self._decode(plan, activation_BTD, positions_BT, adapter, autocast)
+        if decoded is not None and decoded.is_proven:
+            return decoded
+        ran = self._run_family(plan, activation_BTD, positions_BT, padded=padded, autocast=autocast)
+        if decoded is not None and self._graphs is not None:
+            self._graphs.prove(decoded.activation_BTD, ran.activation_BTD)
+        return ran
+
+    def _decode(
+        self,
+        plan: BatchPlan,
+        activation_BTD: Tensor,
+        positions_BT: Tensor | None,
+        adapter: AdapterVersion,
+        autocast: str,
+    ) -> Ran | None:
+        """The plan's rows at a fixed shape; None where they do not fit one."""
+        if self._graphs is None or not self._graphs.take(plan, adapter, autocast):
+            return None
+        with torch.inference_mode(), timed(self._trunk.device) as clock:
+            out_BTD = self._graphs.run(plan, activation_BTD, positions_BT)
+        return None if out_BTD is None else Ran(out_BTD, clock.us, self._graphs.proven)
+
+    def _run_family(
+        self,
+        plan: BatchPlan,
+        activation_BTD: Tensor,
+        positions_BT: Tensor | None,
+        *,
+        padded: bool,
+        autocast: str,
+    ) -> Ran:
         columns_BT = self._cache.begin(plan)
         visible_BK = self._kv.visible_SL[list(plan.slots), : plan.length] if padded else None
         with self._ready(autocast), timed(self._trunk.device) as clock:

@@ -74,7 +74,7 @@ class TrunkServer:
             torch.set_num_threads(self.config.threads)
         trunk, self._identity = load(self.config)
         config = self.config
-        self._engine = Engine(trunk, config.batching, config.sessions, config.runs, compiled=config.compile)
+        self._engine = Engine(trunk, config.batching, config.sessions, config.runs, compile=config.compile)
         self._engine.on_failure = lambda: self._ask_to_stop()
         self._engine.start()
         self._thread.start()

@@ -38,14 +38,21 @@ class Pair:
 
 @contextmanager
 def served_pair(
-    folder: str | Path, dtype: str = "float32", device: str = "cpu", **settings: Any
+    folder: str | Path,
+    dtype: str = "float32",
+    device: str = "cpu",
+    client: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> Iterator[Pair]:
-    """The model in this folder, whole and split 2/n/2, all on one device; `settings` are the server's."""
+    """The model in this folder, whole and split 2/n/2, all on one device.
+
+    `settings` are the server's, `client` are the client's.
+    """
     how: dict[str, Any] = {"port": 0, "sessions": {"session_tokens": SESSION_TOKENS}}
     with TrunkServer(folder, dtype=dtype, device=device, **(how | settings)) as server:
         whole = tiny_whole(folder, dtype=dtype).to(device)
         split = AutoSplitModelForCausalLM.from_pretrained(
-            folder, trunk=server.address, dtype=dtype, device=device
+            folder, trunk=server.address, dtype=dtype, device=device, **(client or {})
         )
         for model in (whole, split):
             model.generation_config.eos_token_id = None

@@ -1,0 +1,262 @@
+"""What does decoding through the cut cost on a GPU, against the whole model's `generate()` there?
+
+Run on a machine with one CUDA GPU: `python benchmarks/gpu/decode.py` (`--cpu` tries the script with tiny
+shapes). Random weights of an 8B shape, bfloat16, split 2/28/2, prompt 128, 100 new tokens:
+
+trunk      the engine's decode step alone: eager, as a graph, compiled and as a graph
+whole      the whole model's `generate()`: as it is, and with a static cache and compiled
+split      the library's `generate()` over the split model, client and server as two processes
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+SOURCES = Path(__file__).resolve().parents[2] / "src"
+sys.path.insert(0, str(SOURCES))
+
+SHAPE = {
+    "vocab_size": 128_256,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rope_theta": 5e5,
+    "tie_word_embeddings": False,
+}
+TINY = SHAPE | {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
+TINY |= {"num_key_value_heads": 2, "num_hidden_layers": 6}
+SECTIONS = ("trunk", "whole", "split")
+MODES = ("off", "default", "max")
+ROWS = (1, 8, 32)
+WAIT_S = 300.0
+
+
+class Bench:
+    """Shapes and device, and what was found."""
+
+    def __init__(self, cpu: bool) -> None:
+        self.device = "cpu" if cpu else "cuda"
+        self.shape = TINY if cpu else SHAPE
+        self.dtype = torch.float32 if cpu else torch.bfloat16
+        self.prompt, self.new = (8, 4) if cpu else (128, 100)
+        self.repeats = 1 if cpu else 3
+        self.found: list[dict[str, Any]] = []
+
+    def note(self, name: str, **figures: Any) -> None:
+        self.found.append({"what": name} | figures)
+        print(json.dumps({"what": name} | figures), flush=True)
+
+    def synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def free(self) -> None:
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+    def ids(self, rows: int = 1) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(3, self.shape["vocab_size"], (rows, self.prompt), generator=generator)
+        return ids.to(self.device)
+
+    def save_model(self, folder: str) -> None:
+        torch.set_default_dtype(self.dtype)
+        with torch.device(self.device):
+            model = LlamaForCausalLM(LlamaConfig(**self.shape))
+        torch.set_default_dtype(torch.float32)
+        model.save_pretrained(folder)
+        del model
+        self.free()
+
+
+# ---------------------------------------------------------------- trunk
+
+
+def trunk(bench: Bench, folder: str, modes: tuple[str, ...]) -> None:
+    """Milliseconds of the engine's decode step, as its answers tell them, and from outside."""
+    from splitlearn.config import BatchingConfig, SessionConfig
+    from splitlearn.engine.engine import Engine
+    from splitlearn.model.checkpoint import Checkpoint
+    from splitlearn.model.plan import SplitPlan
+    from splitlearn.model.weights import load_trunk
+    from splitlearn.vocabulary import StepKey
+    from splitlearn.wire.messages import OpenSession, StepMessage
+
+    checkpoint = Checkpoint.open(folder)
+    segment = load_trunk(
+        checkpoint, SplitPlan.for_config(checkpoint.config), dtype=bench.dtype, device=bench.device
+    )
+    sessions = SessionConfig(
+        session_tokens=512, kv_budget_bytes=8 << 30 if bench.device == "cuda" else 64 << 20
+    )
+    reference: dict[int, torch.Tensor] = {}
+    for mode in modes:
+        engine = Engine(segment, BatchingConfig(), sessions, compile=mode)
+        engine.start()
+        for rows in ROWS:
+            generator = torch.Generator().manual_seed(1)
+            size = bench.shape["hidden_size"]
+            prompt = torch.randn(rows, bench.prompt, size, generator=generator).to(bench.dtype)
+            token = torch.randn(rows, 1, size, generator=generator).to(bench.dtype)
+
+            def ask(step: int, state: torch.Tensor, rows: int = rows, engine: Engine = engine) -> Any:
+                key = StepKey(session=rows, step=step)
+                message = StepMessage(key, state, open=OpenSession() if step == 1 else None)
+                answer = engine.submit(b"c" * 16, message).result(WAIT_S)
+                if answer.error is not None:
+                    raise answer.error
+                return answer
+
+            ask(1, prompt)
+            device, outside = [], []
+            for step in range(2, bench.new):
+                started = time.perf_counter()
+                answer = ask(step, token)
+                outside.append((time.perf_counter() - started) * 1e3)
+                device.append(answer.timings.device_us / 1e3)
+            out = answer.activation_BTD.float().cpu()
+            apart = float((out - reference.setdefault(rows, out)).abs().max() / reference[rows].abs().max())
+            bench.note(
+                f"trunk {mode}",
+                rows=rows,
+                ms=statistics.median(device[len(device) // 5 :]),
+                outside_ms=statistics.median(outside[len(outside) // 5 :]),
+                first_ms=outside[0],
+                apart=apart,
+            )
+        engine.stop()
+        del engine
+        bench.free()
+
+
+# ---------------------------------------------------------------- whole
+
+
+def tokens_per_s(bench: Bench, model: Any, rows: int, **how: Any) -> float:
+    asked = {"max_new_tokens": bench.new, "do_sample": False, "pad_token_id": 0, "eos_token_id": None} | how
+    ids = bench.ids(rows)
+
+    def once() -> float:
+        bench.synchronize()
+        started = time.perf_counter()
+        text = model.generate(ids, attention_mask=torch.ones_like(ids), **asked)
+        bench.synchronize()
+        taken = time.perf_counter() - started
+        assert text.shape[1] == bench.prompt + bench.new
+        return rows * bench.new / taken
+
+    warm_up = 1 if bench.device == "cpu" else 2
+    for _ in range(warm_up):
+        once()
+    return statistics.median(once() for _ in range(bench.repeats))
+
+
+def whole(bench: Bench, folder: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=bench.dtype).to(bench.device).eval()
+    bench.note("whole generate", rows=1, tokens_per_s=tokens_per_s(bench, model, 1))
+    static = tokens_per_s(bench, model, 1, cache_implementation="static")
+    bench.note("whole generate, static cache and compile", rows=1, tokens_per_s=static)
+    del model
+    torch._dynamo.reset()
+    bench.free()
+
+
+# ---------------------------------------------------------------- split
+
+SERVE = """
+import sys
+sys.path.insert(0, sys.argv[3])
+from splitlearn import TrunkServer
+sessions = {"session_tokens": 512, "kv_budget_bytes": int(sys.argv[5])}
+with TrunkServer(sys.argv[1], port=0, device=sys.argv[2], sessions=sessions, compile=sys.argv[4]) as server:
+    print(server.address, flush=True)
+    sys.stdin.read()
+"""
+
+
+def split(bench: Bench, folder: str, modes: tuple[str, ...], client_modes: tuple[str, ...]) -> None:
+    from splitlearn import AutoSplitModelForCausalLM
+
+    budget = str(8 << 30 if bench.device == "cuda" else 64 << 20)
+    for mode in modes:
+        command = [sys.executable, "-c", SERVE, folder, bench.device, str(SOURCES), mode, budget]
+        server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        try:
+            address = server.stdout.readline().strip()
+            for ours in client_modes:
+                model = AutoSplitModelForCausalLM.from_pretrained(
+                    folder, trunk=address, device=bench.device, **({"compile": ours} if ours != "off" else {})
+                )
+                speed = tokens_per_s(bench, model, 1)
+                timings = model.trunk.last_timings
+                bench.note(
+                    f"split generate, trunk {mode}, client {ours}",
+                    rows=1,
+                    tokens_per_s=speed,
+                    ms=1e3 / speed,
+                    trunk_ms=timings.device_us / 1e3,
+                )
+                model.close()
+                del model
+                bench.free()
+        finally:
+            server.stdin.close()
+            server.wait(60)
+
+
+# ---------------------------------------------------------------- all
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cpu", action="store_true", help="try the script with tiny shapes")
+    parser.add_argument("--only", nargs="+", default=list(SECTIONS))
+    parser.add_argument("--modes", nargs="+", default=list(MODES), help="of the server: off, default, max")
+    parser.add_argument("--client-modes", nargs="+", default=["off"], help="the same of the client")
+    parser.add_argument("--output", type=Path, help="write the figures there, as JSON")
+    given = parser.parse_args()
+    bench = Bench(given.cpu)
+    name = "cpu" if given.cpu else torch.cuda.get_device_name()
+    bench.note("machine", device=name, torch=torch.__version__)
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
+        started = time.monotonic()
+        bench.save_model(folder)
+        bench.note("model saved", seconds=time.monotonic() - started)
+        sections: dict[str, Callable[[], None]] = {
+            "trunk": lambda: trunk(bench, folder, tuple(given.modes)),
+            "whole": lambda: whole(bench, folder),
+            "split": lambda: split(bench, folder, tuple(given.modes), tuple(given.client_modes)),
+        }
+        for section in given.only:
+            try:
+                sections[section]()
+            except Exception as error:
+                bench.note(f"{section} failed", error=repr(error)[:500])
+    if given.output:
+        given.output.write_text(json.dumps(bench.found, indent=2))
+    print("\n| what | figures |\n| --- | --- |")
+    for row in bench.found:
+        rest = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+        print(f"| {rest} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,334 @@
+"""The client's part of a decode step at fixed shapes: on a GPU two CUDA graphs, below and above the cut.
+
+One pass through the family's own forward is recorded, parted where the trunk's stand-in is met. Then a step
+is two launches around the call to the trunk, in place of a hundred kernels and their Python.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from splitlearn.client.call_context import Call, CallContext
+from splitlearn.client.leased_layer import Held, Lease, LeasedLayer
+from splitlearn.model.decode_attention import attending_to_one_token
+from splitlearn.model.masks import ragged
+from splitlearn.model.static_layer import FEWEST_COLUMNS, StaticLayer, bucket
+
+# B rows   T 1   D hidden   V vocabulary   K columns   L tokens with the new one
+
+log = structlog.get_logger("splitlearn.client")
+WARM_UP = 2
+PROOFS = 3
+CLOSE = {2: 0.1, 4: 1e-3, 8: 1e-6}
+"""How far apart, relative to the largest value, logits in a dtype of so many bytes may be."""
+TAKEN = frozenset({"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"})
+IGNORED = frozenset({"return_dict", "logits_to_keep"})
+"""Without a meaning where there is one new token."""
+
+Across = Callable[[Tensor], Tensor]
+"""(B, 1, D) at the lower cut -> (B, 1, D) at the upper cut."""
+
+
+class ClientGraphs:
+    """Takes the steps that it can, and leaves the others to the family's own forward.
+
+    Args:
+        model: the client's model; its attention implementation is one whose masks are known.
+        context: of the calls of its decoder.
+        trunk: the layers that are not here.
+        exchange: what the remote layer does with an activation.
+        max_positions: the longest text, where there is a limit.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        context: CallContext,
+        trunk: range,
+        exchange: Callable[[Tensor, Call], Tensor],
+        max_positions: int | None,
+    ) -> None:
+        self._forward = _forward_of(model)
+        self._config = model.config
+        self._model = weakref.ref(model)
+        self._context, self._exchange = context, exchange
+        layers = model.config.num_hidden_layers
+        self._own = [index for index in range(layers) if index not in trunk]
+        self._layers = layers
+        self._max_positions = max_positions
+        self._graphs: dict[tuple[int, int], DecodeGraph] = {}
+        self._lock = threading.Lock()
+        self._proofs_left = PROOFS
+        self.proven = False
+        self.failed = False
+        self.steps = 0
+        """Steps that were taken here."""
+
+    def step(self, asked: dict[str, Any]) -> Any | None:
+        """The forward's answer to these arguments; None where it is not a step for a graph."""
+        if self.failed or not _is_decode_step(asked) or not self._lock.acquire(blocking=False):
+            return None
+        try:
+            return self._step(asked)
+        finally:
+            self._lock.release()
+
+    def _step(self, asked: dict[str, Any]) -> Any | None:
+        cache, ids_B1 = asked["past_key_values"], asked["input_ids"]
+        if not self._can_lease(cache, ids_B1.shape[0]):
+            return None
+        before = None if self.proven else self._copy(cache)
+        try:
+            graph, lease = self._leased(cache, ids_B1)
+        except Exception as error:
+            self._give_up(error)
+            return None
+        if graph is None or lease is None:
+            return None
+        call = Call(asked.get("attention_mask"), asked.get("position_ids"), cache)
+        graph.place(ids_B1, lease.length, call)
+        # Counted before the trunk has it, as in the family's own forward: a call that fails tears the cache.
+        lease.length += 1
+        received: list[Tensor] = []
+
+        def across(hidden_B1D: Tensor) -> Tensor:
+            received.append(self._exchange(hidden_B1D, call))
+            return received[0]
+
+        answer = graph.run(across)
+        self.steps += 1
+        if before is not None:
+            return self._prove(answer, asked | {"past_key_values": before}, received[0], cache)
+        answer["past_key_values"] = cache
+        return answer
+
+    def _can_lease(self, cache: Cache, rows: int) -> bool:
+        """Whether the cache holds a prompt, in layers whose columns are all there."""
+        if len(cache.layers) < self._layers:
+            return False
+        layers = [cache.layers[index] for index in self._own]
+        kinds = all(type(layer) in (DynamicLayer, LeasedLayer) and layer.is_initialized for layer in layers)
+        return kinds and all(layer.keys is not None and len(layer.keys) == rows for layer in layers)
+
+    def _leased(self, cache: Cache, ids_B1: Tensor) -> tuple[DecodeGraph | None, Lease | None]:
+        """The graph whose memory the cache stands on, or is moved to; None where another cache has it."""
+        first = cache.layers[self._own[0]]
+        length = int(first.get_seq_length()) + 1
+        columns = bucket(length, FEWEST_COLUMNS)
+        if self._max_positions is not None:
+            columns = min(columns, self._max_positions)
+            if length > columns:
+                return None, None
+        rows = ids_B1.shape[0]
+        graph = self._graphs.get((rows, columns))
+        lease = first.lease if isinstance(first, LeasedLayer) else None
+        if graph is not None and lease is not None and graph.lease is lease:
+            return graph, lease
+        if graph is None:
+            graph = self._graphs[rows, columns] = self._new_graph(cache, ids_B1, columns)
+        if graph.lease is not None:
+            return None, None
+        lease = Lease(graph.held, length - 1)
+        for index in self._own:
+            layer = cache.layers[index]
+            if not isinstance(layer, LeasedLayer):
+                layer = cache.layers[index] = LeasedLayer(index, layer)
+            layer.move_into(lease)
+        graph.lend(lease)
+        return graph, lease
+
+    def _new_graph(self, cache: Cache, ids_B1: Tensor, columns: int) -> DecodeGraph:
+        held: Held = {}
+        for index in self._own:
+            layer = cache.layers[index]
+            held[index] = (_room(layer.keys, columns), _room(layer.values, columns))
+        return DecodeGraph(self._family_step, self._context, self._layers, held, ids_B1, columns)
+
+    def _family_step(self, **asked: Any) -> Any:
+        model = self._model()
+        assert model is not None
+        with torch.no_grad(), attending_to_one_token(model):
+            return self._forward(**asked)
+
+    def _copy(self, cache: Cache) -> DynamicCache:
+        copied = DynamicCache(config=self._config)
+        for index in self._own:
+            layer, own = cache.layers[index], copied.layers[index]
+            own.lazy_initialization(layer.keys, layer.values)
+            own.keys, own.values = layer.keys.clone(), layer.values.clone()
+        return copied
+
+    def _prove(self, answer: Any, asked: dict[str, Any], state_B1D: Tensor, cache: Cache) -> Any:
+        """Compare the first steps with the family's own; what that gave is the answer."""
+        with self._context.standing_in(lambda hidden_B1D: state_B1D):
+            expected = self._forward(**asked)
+        ours, theirs = answer["logits"].float(), expected["logits"].float()
+        apart = float((ours - theirs).abs().max() / theirs.abs().max())
+        self._proofs_left -= 1
+        if apart <= CLOSE[answer["logits"].dtype.itemsize]:
+            self.proven = True
+        elif not self._proofs_left:
+            self._give_up(ValueError(f"a step differs from the family's own by {apart:.2g}"))
+        expected["past_key_values"] = cache
+        return expected
+
+    def _give_up(self, error: Exception) -> None:
+        self.failed = True
+        self._graphs.clear()
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        log.warning("decode steps run one kernel after another: they cannot be recorded here", error=reason)
+
+
+class DecodeGraph:
+    """One new token for each of B rows that look at up to K columns, in memory of its own."""
+
+    def __init__(
+        self,
+        step: Callable[..., Any],
+        context: CallContext,
+        layers: int,
+        held: Held,
+        ids_B1: Tensor,
+        columns: int,
+    ) -> None:
+        rows, device = ids_B1.shape[0], ids_B1.device
+        self.held = held
+        self._family_step, self._context = step, context
+        self._ids_B1 = torch.zeros_like(ids_B1)
+        self._column_B = torch.zeros(rows, dtype=torch.long, device=device)
+        self._position_B1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self._visible_BK = torch.ones(rows, columns, dtype=torch.bool, device=device)
+        every_B = torch.arange(rows, device=device)
+        first = next(iter(held.values()))
+        self._cache = Cache(
+            layers=[
+                StaticLayer(*held.get(index, first), every_B, self._column_B, columns, every_slot=True)
+                for index in range(layers)
+            ]
+        )
+        self._lease: weakref.ref[Lease] | None = None
+        self._recorded: Recorded | None = self._record() if device.type == "cuda" else None
+
+    @property
+    def lease(self) -> Lease | None:
+        """Who stands on its memory now."""
+        return None if self._lease is None else self._lease()
+
+    def lend(self, lease: Lease) -> None:
+        self._lease = weakref.ref(lease)
+
+    def place(self, ids_B1: Tensor, column: int, call: Call) -> None:
+        """Say what the next step's token is, where it goes and what it may look at."""
+        self._ids_B1.copy_(ids_B1)
+        self._column_B.fill_(column)
+        if call.positions_BT is None:
+            self._position_B1.fill_(column)
+        else:
+            self._position_B1.copy_(call.positions_BT)
+        if call.mask_BL is None:
+            self._visible_BK.fill_(True)
+        else:
+            self._visible_BK[:, : column + 1].copy_(call.mask_BL)
+
+    def run(self, across: Across) -> Any:
+        """The family's answer, its logits (B, 1, V) in memory of their own."""
+        if self._recorded is None:
+            with self._context.standing_in(across):
+                return self._step()
+        return self._recorded.run(across)
+
+    def _step(self) -> Any:
+        with ragged(self._column_B[:, None], self._visible_BK):
+            return self._family_step(
+                input_ids=self._ids_B1,
+                position_ids=self._position_B1,
+                past_key_values=self._cache,
+                use_cache=True,
+            )
+
+    def _record(self) -> Recorded:
+        """Raises where the family's forward does what cannot be recorded, like a look at a value."""
+        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for _ in range(WARM_UP):
+                with self._context.standing_in(lambda hidden_B1D: hidden_B1D):
+                    self._step()
+            torch.cuda.current_stream().synchronize()
+            recorded = Recorded(self._step, self._context.standing_in)
+        torch.cuda.current_stream().wait_stream(beside)
+        return recorded
+
+
+class Recorded:
+    """A step as two graphs that share their memory: what the first computes for both stays where it is."""
+
+    def __init__(
+        self,
+        step: Callable[[], Any],
+        standing_in: Callable[[Across], contextlib.AbstractContextManager[None]],
+    ) -> None:
+        self._bottom, self._top = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        pool = torch.cuda.graph_pool_handle()
+        active = [self._bottom]
+
+        def part(hidden_B1D: Tensor) -> Tensor:
+            self._hidden_B1D = hidden_B1D
+            self._bottom.capture_end()
+            active[0] = self._top
+            # Outside of both: it is written between them.
+            self._state_B1D = torch.zeros_like(hidden_B1D)
+            self._top.capture_begin(pool, capture_error_mode="thread_local")
+            return self._state_B1D
+
+        self._bottom.capture_begin(pool, capture_error_mode="thread_local")
+        try:
+            with standing_in(part):
+                self._answer = step()
+        finally:
+            # Whatever happened: a stream that is left recording refuses all else.
+            active[0].capture_end()
+
+    def run(self, across: Across) -> Any:
+        self._bottom.replay()
+        self._state_B1D.copy_(across(self._hidden_B1D))
+        self._top.replay()
+        answer = self._answer
+        return type(answer)(**{**answer, "logits": answer["logits"].clone()})
+
+
+def _room(held_BHLE: Tensor, columns: int) -> Tensor:
+    return held_BHLE.new_zeros(*held_BHLE.shape[:2], columns, held_BHLE.shape[3])
+
+
+def _is_decode_step(asked: dict[str, Any]) -> bool:
+    given = {name for name, value in asked.items() if value is not None}
+    ids, cache = asked.get("input_ids"), asked.get("past_key_values")
+    if not given <= TAKEN | IGNORED or not isinstance(ids, Tensor) or type(cache) is not DynamicCache:
+        return False
+    mask_BL = asked.get("attention_mask")
+    two_dimensional = mask_BL is None or (isinstance(mask_BL, Tensor) and mask_BL.ndim == 2)
+    wanted = asked.get("use_cache") is not False and asked.get("return_dict") is not False
+    return ids.shape[1] == 1 and two_dimensional and wanted and not torch.is_grad_enabled()
+
+
+def _forward_of(model: PreTrainedModel) -> Callable[..., Any]:
+    """The forward of the model's class as it is now; the model may be collected meanwhile."""
+    forward, held = type(model).forward, weakref.ref(model)
+    return lambda **asked: forward(held(), **asked)
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether the model is told where its tokens stand, as a graph tells it."""
+    return "position_ids" in inspect.signature(type(model).forward).parameters
