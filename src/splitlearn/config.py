@@ -58,6 +58,11 @@ class BatchingConfig(Settings):
     """Tokens up to which steps are joined into one batch: more is faster and takes more memory."""
     max_batch_rows: PositiveInt = 64
     """Rows (sequences) up to which steps are joined into one batch."""
+    prefill_chunk_tokens: PositiveInt = 512
+    """New tokens a row that run at once: a longer prompt runs in pieces, and others' steps between them.
+
+    Fewer delay the others less, more make the prompt itself faster.
+    """
     wait_ms: NonNegativeFloat = 0.0
     """How long a lone step waits for company; 0 answers soonest."""
 

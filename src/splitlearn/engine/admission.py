@@ -28,12 +28,14 @@ class Admission:
         *,
         slot_tokens: int,
         max_positions: int | None,
+        chunk_tokens: int,
     ) -> None:
         self._sessions = sessions
         self._runs = runs
         self._state = state
         self._slot_tokens = slot_tokens
         self._max_positions = max_positions
+        self._chunk_tokens = chunk_tokens
         self._draining = threading.Event()
 
     def drain(self) -> None:
@@ -79,7 +81,7 @@ class Admission:
             return None
         self._sessions.check(session, step.message)
         session.running = step
-        return ReadyStep(step, session)
+        return ReadyStep(step, session, self._chunk_tokens)
 
     def _check_opening(self, message: StepMessage) -> None:
         if message.key.phase is not Phase.FORWARD:

@@ -11,7 +11,8 @@ from splitlearn.engine.ready_step import ReadyStep
 class Batcher:
     """The oldest step runs now, and with it all that fit: as many new tokens a row, the same precision.
 
-    Steps without a session, and those of families that are not proven in a batch, run one by one.
+    A step that is cut into pieces counts with the piece that runs next. Steps without a session,
+    and those of families that are not proven in a batch, run one by one.
     """
 
     def __init__(self, config: BatchingConfig, *, batched: bool) -> None:
@@ -24,7 +25,7 @@ class Batcher:
         batch = [first]
         rows = first.step.message.rows
         for other in others:
-            fits = self._fits(rows + other.step.message.rows, first.step.message.tokens)
+            fits = self._fits(rows + other.step.message.rows, first.tokens)
             if fits and self._go_together(first, other):
                 batch.append(other)
                 rows += other.step.message.rows
@@ -37,7 +38,7 @@ class Batcher:
     def _go_together(self, first: ReadyStep, other: ReadyStep) -> bool:
         if not self._batched or first.session is None or other.session is None:
             return False
-        same_tokens = first.step.message.tokens == other.step.message.tokens
+        same_tokens = first.tokens == other.tokens
         same_adapter = first.session.adapter is other.session.adapter
         same_autocast = first.session.precision.autocast == other.session.precision.autocast
         return same_tokens and same_adapter and same_autocast

@@ -70,6 +70,8 @@ class Engine:
             state,
             slot_tokens=self.kv.slot_tokens,
             max_positions=trunk.max_positions,
+            # What is not proven in a batch may depend on how far the whole prompt reaches.
+            chunk_tokens=batching.prefill_chunk_tokens if trunk.batched else 0,
         )
         self._batcher = Batcher(batching, batched=trunk.batched)
         self._wait_s = batching.wait_ms / 1000
@@ -170,6 +172,8 @@ class Engine:
             log.warning("runs that nobody used were closed", runs=names)
 
     def _wait_for_company(self) -> None:
+        if any(isinstance(each, ReadyStep) and each.is_underway for each in self._ready):
+            return
         until = time.monotonic() + self._wait_s
         while len(self._ready) < len(self._sessions) and (left := until - time.monotonic()) > 0:
             self._queue.wait(left)
@@ -185,7 +189,7 @@ class Engine:
             return
         batch = self._batcher.choose([each for each in self._ready if isinstance(each, ReadyStep)])
         self._ready = [waiting for waiting in self._ready if waiting not in batch]
-        self._session_steps.do(batch)
+        self._ready.extend(self._session_steps.do(batch))
 
     def _give_up_late_steps(self) -> None:
         now = time.monotonic()
@@ -193,7 +197,10 @@ class Engine:
             self._ready.remove(late)
             if isinstance(late, ReadyStep):
                 self._session_steps.give_up(late)
-            late.step.fail(StepTimeout("the step waited longer than its deadline and was not run: ask again"))
+            else:
+                late.step.fail(
+                    StepTimeout("the step waited longer than its deadline and was not run: ask again")
+                )
 
     def _do(self, member: ReadyRunStep) -> None:
         """A run's step; one that fails leaves the run as it was, so that it can be asked again, or broken."""

@@ -1,4 +1,4 @@
-"""Does sessions' steps on the trunk: bring the sessions to where the steps begin, run one batch, answer."""
+"""Does sessions' steps on the trunk, long ones in pieces: prepare the sessions, run one batch, answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from splitlearn.engine.kv_cache import KvCache
 from splitlearn.engine.ready_step import ReadyStep
 from splitlearn.engine.runner import Ran, Runner
 from splitlearn.engine.session_table import SessionTable
-from splitlearn.errors import SessionLost
+from splitlearn.errors import SessionLost, StepTimeout
 from splitlearn.vocabulary import Timings
 from splitlearn.wire.messages import AnswerMessage
 
@@ -34,35 +34,53 @@ class SessionSteps:
         self._sessions = sessions
         self._dtype = dtype
 
-    def do(self, batch: list[ReadyStep]) -> None:
+    def do(self, batch: list[ReadyStep]) -> list[ReadyStep]:
+        """Run the next piece of each; those that have further pieces are given back."""
         started = time.monotonic()
-        if prepared := [member for member in batch if self._prepare(member)]:
-            self._run_or_split(prepared, started)
+        if prepared := [member for member in batch if self._prepare(member, started)]:
+            self._run_or_split(prepared)
+        return [member for member in prepared if member.session and member.session.running is member.step]
 
     def give_up(self, member: ReadyStep) -> None:
-        """The step is not run; a session that it was to open is not kept for a client that left."""
+        """Nobody waits for the step any more: it is not run to its end."""
+        why = "the step waited longer than its deadline and was not run: ask again"
+        if member.is_underway:
+            why = (
+                f"{member.done:,} of the step's {member.step.message.tokens:,} tokens had run at its "
+                "deadline, so its session was closed: generate again from the prompt"
+            )
+        self._let_go(member)
+        member.step.fail(StepTimeout(why))
+
+    def _let_go(self, member: ReadyStep) -> None:
+        """A session that the step was to open is not kept for a client that left.
+
+        One that holds a part of the step is lost: it stands neither before the step nor after it.
+        """
         session = member.session
         if session is None or session.running is not member.step:
             return
-        session.running = None
-        if session.length == 0 and session.next_step == 1:
+        if member.is_underway or (session.length == 0 and session.next_step == 1):
             self._sessions.drop(session)
+        session.running = None
 
-    def _prepare(self, member: ReadyStep) -> bool:
+    def _prepare(self, member: ReadyStep, started: float) -> bool:
         """Bring the session into the state that its step starts from; a step that cannot is answered."""
-        if member.session is None:
-            return True
+        session, step = member.session, member.step
         try:
-            if member.session.running is not member.step:
+            if session is not None and session.running is not step:
                 raise SessionLost("the session was closed while this step waited")
-            member.session.prepare(member.step.message, self._kv)
+            if not member.is_underway:
+                member.queued_us = int((started - step.arrived_at) * 1e6)
+                if session is not None:
+                    session.prepare(step.message, self._kv)
         except Exception as error:
-            self.give_up(member)
-            member.step.fail(explained(error))
+            self._let_go(member)
+            step.fail(explained(error))
             return False
         return True
 
-    def _run_or_split(self, batch: list[ReadyStep], started: float) -> None:
+    def _run_or_split(self, batch: list[ReadyStep]) -> None:
         """A batch that fails runs again one by one, so that one member's fault is not the others'."""
         try:
             plan, ran = run_batch(self._runner, batch, self._dtype)
@@ -70,7 +88,7 @@ class SessionSteps:
             if len(batch) > 1:
                 log.warning("a batch failed and runs one by one", steps=len(batch), exc_info=error)
                 for member in batch:
-                    self._run_or_split([member], started)
+                    self._run_or_split([member])
             else:
                 self._fail(batch[0], error)
         else:
@@ -79,19 +97,21 @@ class SessionSteps:
             rows = [member.step.message.rows for member in batch]
             for member, activation_BTD in zip(batch, torch.split(ran.activation_BTD, rows), strict=True):
                 try:
-                    self._answer(member, activation_BTD, ran, started)
+                    self._take(member, activation_BTD, ran)
                 except Exception as error:
                     self._fail(member, error)
 
-    def _answer(self, member: ReadyStep, activation_BTD: Tensor, ran: Ran, started: float) -> None:
-        message = member.step.message
+    def _take(self, member: ReadyStep, activation_BTD: Tensor, ran: Ran) -> None:
         is_part = len(activation_BTD) < len(ran.activation_BTD)
-        answer = AnswerMessage(
-            message.key,
-            # A part is copied: kept as a view, it would keep the whole batch's memory.
-            activation_BTD.to(message.activation_BTD.dtype, copy=is_part),
-            Timings(queued_us=int((started - member.step.arrived_at) * 1e6), device_us=ran.device_us),
-        )
+        # A part is copied: kept as a view, it would keep the whole batch's memory.
+        member.take(activation_BTD.to(member.step.message.activation_BTD.dtype, copy=is_part), ran.device_us)
+        if member.is_done:
+            self._answer(member)
+
+    def _answer(self, member: ReadyStep) -> None:
+        message = member.step.message
+        timings = Timings(queued_us=member.queued_us, device_us=member.device_us)
+        answer = AnswerMessage(message.key, member.joined(), timings)
         if member.session is not None:
             # Kept before it leaves: a client that loses the reply asks for the same step again.
             self._sessions.advance(member.session, message.tokens, answer, time.monotonic())

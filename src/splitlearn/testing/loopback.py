@@ -128,12 +128,13 @@ def split_over_loopback(
     plan: SplitPlan | None = None,
     sessions: SessionConfig = SMALL,
     runs: RunConfig | None = None,
+    batching: BatchingConfig = BatchingConfig(),  # noqa: B008
     **how: Any,
 ) -> Iterator[PreTrainedModel]:
     """The model in this folder, split 2/n/2 or as planned; `how` is `dtype` and the like, for both sides."""
     checkpoint = Checkpoint.open(folder)
     plan = plan or SplitPlan.for_config(checkpoint.config)
-    engine = Engine(load_trunk(checkpoint, plan, **how), BatchingConfig(), sessions, runs)
+    engine = Engine(load_trunk(checkpoint, plan, **how), batching, sessions, runs)
     engine.start()
     try:
         yield connect(checkpoint, plan, LoopbackTransport(engine, sessions), ClientConfig(), **how)
