@@ -15,7 +15,6 @@ from splitlearn.config import BatchingConfig, RunConfig, SessionConfig
 from splitlearn.engine.adapter_table import AdapterTable
 from splitlearn.engine.admission import Admission
 from splitlearn.engine.batch_plan import BatchCounts
-from splitlearn.engine.batcher import Batcher
 from splitlearn.engine.failures import explained, stopped
 from splitlearn.engine.kv_cache import KvCache
 from splitlearn.engine.ready_step import ReadyRunStep, ReadyStep
@@ -23,6 +22,7 @@ from splitlearn.engine.run_requests import RunRequests
 from splitlearn.engine.run_steps import RunSteps
 from splitlearn.engine.run_table import RunTable
 from splitlearn.engine.runner import Runner, measure_layers, timed
+from splitlearn.engine.scheduler import Scheduler
 from splitlearn.engine.session_steps import SessionSteps
 from splitlearn.engine.session_table import SessionTable
 from splitlearn.engine.step import Step
@@ -73,11 +73,10 @@ class Engine:
             # What is not proven in a batch may depend on how far the whole prompt reaches.
             chunk_tokens=batching.prefill_chunk_tokens if trunk.batched else 0,
         )
-        self._batcher = Batcher(batching, batched=trunk.batched)
         self._wait_s = batching.wait_ms / 1000
         self._queue = StepQueue()
         self.runs = RunRequests(self._queue, self._runs, adapters, self._admission.refuse_when_draining)
-        self._ready: list[ReadyStep | ReadyRunStep] = []
+        self._ready = Scheduler(batching, batched=trunk.batched)
         self.lease_s = sessions.lease_s
         self.failure: Exception | None = None
         self.on_failure: Callable[[], object] = lambda: None
@@ -159,7 +158,7 @@ class Engine:
     def _admit(self, step: Step[Any]) -> None:
         try:
             if (ready := self._admission.admit(step)) is not None:
-                self._ready.append(ready)
+                self._ready.add(ready)
         except Exception as error:
             step.fail(explained(error))
 
@@ -172,10 +171,8 @@ class Engine:
             log.warning("runs that nobody used were closed", runs=names)
 
     def _wait_for_company(self) -> None:
-        if any(isinstance(each, ReadyStep) and each.is_underway for each in self._ready):
-            return
         until = time.monotonic() + self._wait_s
-        while len(self._ready) < len(self._sessions) and (left := until - time.monotonic()) > 0:
+        while self._ready.lacks_company(len(self._sessions)) and (left := until - time.monotonic()) > 0:
             self._queue.wait(left)
             self._accept()
 
@@ -183,18 +180,18 @@ class Engine:
         self._give_up_late_steps()
         if not self._ready:
             return
-        if isinstance(first := self._ready[0], ReadyRunStep):
-            self._ready.remove(first)
-            self._do(first)
-            return
-        batch = self._batcher.choose([each for each in self._ready if isinstance(each, ReadyStep)])
-        self._ready = [waiting for waiting in self._ready if waiting not in batch]
-        self._ready.extend(self._session_steps.do(batch))
+        batch = self._ready.next_batch()
+        for each in batch:
+            if isinstance(each, ReadyRunStep):
+                self._do(each)
+        for unfinished in self._session_steps.do([each for each in batch if isinstance(each, ReadyStep)]):
+            self._ready.add(unfinished)
 
     def _give_up_late_steps(self) -> None:
         now = time.monotonic()
-        for late in [r for r in self._ready if r.step.is_late(now) or r.step.is_cancelled]:
-            self._ready.remove(late)
+        for late in self._ready.take_out_where(
+            lambda each: each.step.deadline < now or each.step.is_cancelled
+        ):
             if isinstance(late, ReadyStep):
                 self._session_steps.give_up(late)
             else:
@@ -215,9 +212,8 @@ class Engine:
             step.answer(replace(answer, timings=Timings(queued_us=queued_us, device_us=clock.us)))
 
     def _refuse_the_rest(self) -> None:
-        for member in self._ready:
+        for member in self._ready.take_out_where(lambda each: True):
             member.step.fail(stopped())
-        self._ready.clear()
         for item in self._queue.take():
             if isinstance(item, Step):
                 item.fail(stopped())

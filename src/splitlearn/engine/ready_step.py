@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +16,29 @@ from splitlearn.engine.step import Step
 from splitlearn.wire.messages import RunStepMessage, StepMessage
 
 # B rows   T new tokens   D hidden
+
+DECODE_TOKENS = 32
+"""A session's step of at most so many tokens takes about as long as one of a single token."""
+
+
+class Work(Enum):
+    """Kinds of work that take turns."""
+
+    DECODE = "decode"
+    PREFILL = "prefill"
+    TRAINING = "training"
+
+
+class Ready(Protocol):
+    """What the order of waiting steps depends on."""
+
+    @property
+    def step(self) -> Step[Any]: ...
+    @property
+    def work(self) -> Work: ...
+    @property
+    def urgency(self) -> tuple[float, float]:
+        """Its deadline and when it came: less goes first, among those whose turn it is alike."""
 
 
 @dataclass(slots=True, eq=False)
@@ -30,6 +56,20 @@ class ReadyStep:
     parts: list[Tensor] = field(default_factory=list)
     queued_us: int = 0
     device_us: int = 0
+
+    @property
+    def work(self) -> Work:
+        few = min(DECODE_TOKENS, self.chunk_tokens or DECODE_TOKENS)
+        is_decode = self.session is not None and self.step.message.tokens <= few
+        return Work.DECODE if is_decode else Work.PREFILL
+
+    @property
+    def urgency(self) -> tuple[float, float]:
+        return self.step.deadline, self.step.arrived_at
+
+    @property
+    def rows(self) -> int:
+        return self.step.message.rows
 
     @property
     def tokens(self) -> int:
@@ -73,3 +113,9 @@ class ReadyRunStep:
 
     step: Step[RunStepMessage]
     run: Run
+    work: ClassVar[Work] = Work.TRAINING
+
+    @property
+    def urgency(self) -> tuple[float, float]:
+        """By age alone: a run's steps keep their order."""
+        return math.inf, self.step.arrived_at

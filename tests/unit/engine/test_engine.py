@@ -256,10 +256,9 @@ def test_a_stopped_engine_answers_what_still_waits(trunk):
 def test_a_lone_step_waits_for_company_as_long_as_it_was_told(trunk):
     sessions = SessionConfig(kv_budget_bytes=1 << 20, session_tokens=64)
     engine = Engine(trunk, BatchingConfig(wait_ms=WAIT_S * 1000), sessions)
+    openings = [engine.submit(ME, step(1, tokens(4), session)) for session in (1, 2)]
     engine.start()
-    for session in (1, 2):
-        opening = engine.submit(ME, step(1, tokens(4 + session), session))
-        engine.submit(ME, StepMessage(StepKey(step=session), tokens(1)))
+    for opening in openings:
         result(opening)
     ran = count_runs(engine)
     first = engine.submit(ME, step(2, tokens(1), 1))
