@@ -438,7 +438,7 @@ def trunk_ms(
     lora = LoraSettings(r=16, alpha=32, target_modules=tuple(ATTENTION))
     settings = RunSettings(lora=lora, tape=TapeSettings(checkpoint_every=every))
     client = b"c" * 16
-    run = engine.open_run(client, OpenRun("run", settings)).result(WAIT_S)
+    run = engine.runs.open(client, OpenRun("run", settings)).result(WAIT_S)
     generator = torch.Generator().manual_seed(0)
     state = torch.randn(bench.rows, bench.tokens, bench.shape["hidden_size"], generator=generator)
     state = state.to(bench.device, dtype)

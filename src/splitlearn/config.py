@@ -21,6 +21,7 @@ from splitlearn.errors import SettingError
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 CodecName = Literal["raw", "half"]
+Share = Annotated[float, Field(gt=0, lt=1)]
 MIB = 1 << 20
 GIB = 1 << 30
 
@@ -61,6 +62,14 @@ class BatchingConfig(Settings):
     """Tokens up to which steps are joined into one batch: more is faster and takes more memory."""
     max_batch_rows: PositiveInt = 64
     """Rows (sequences) up to which steps are joined into one batch."""
+    prefill_chunk_tokens: PositiveInt = 512
+    """New tokens a row that run at once: a longer prompt runs in pieces, and others' steps between them;
+    fewer delay the others less, more make the prompt itself faster."""
+    decode_share: Share = 0.5
+    """Part of the turns that decode steps get while prompts or training steps wait too; a turn is one batch
+    of decode steps, one batch of pieces of prompts, or one training step."""
+    training_share: Share = 0.5
+    """Part of the other turns that training steps get while prompts wait too."""
     wait_ms: NonNegativeFloat = 0.0
     """How long a lone step waits for company; 0 answers soonest."""
 

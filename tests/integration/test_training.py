@@ -243,7 +243,7 @@ def test_an_overflow_skips_the_step_on_both_sides_once(
     with serve(folder) as server, loaded(folder, server) as model:
         ours = SplitInHalf(model, arguments(tmp_path / "b", max_steps=8), train_dataset=DATA)
         ours.train()
-        run = server.engine.with_run(model.trunk.run.name, lambda run: (run.step, run.version, run.skipped))
+        run = server.engine.runs.do(model.trunk.run.name, lambda run: (run.step, run.version, run.skipped))
         assert run.result(WAIT_S) == (8, 7, 1)
         assert update_distance(before, model.adapter_weights(), of(whole)) <= 1e-3
         assert ours.accelerator.scaler.get_scale() == theirs.accelerator.scaler.get_scale()
@@ -404,7 +404,7 @@ class LoseTheRun(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.steps and state.global_step == self.steps[0]:
             self.steps.pop(0)
-            self.server.engine.close_run("notes").result(WAIT_S)
+            self.server.engine.runs.close("notes").result(WAIT_S)
 
 
 def test_where_the_server_loses_the_run_both_go_back_and_train_on(

@@ -21,7 +21,7 @@ from splitlearn.cli.options import (
     setting,
 )
 from splitlearn.cli.sizes import parse_bytes
-from splitlearn.config import GIB, DTypeName, RunConfig, ServerConfig, SessionConfig
+from splitlearn.config import GIB, BatchingConfig, DTypeName, RunConfig, ServerConfig, SessionConfig
 from splitlearn.errors import TrunkFailed
 
 if TYPE_CHECKING:
@@ -53,6 +53,15 @@ def serve(
     ),
     lease: Annotated[float, setting(SessionConfig, "lease_s", "--lease", metavar="SECONDS")] = default_of(
         SessionConfig, "lease_s"
+    ),
+    prefill_chunk: Annotated[
+        int, setting(BatchingConfig, "prefill_chunk_tokens", "--prefill-chunk", min=1, metavar="TOKENS")
+    ] = default_of(BatchingConfig, "prefill_chunk_tokens"),
+    decode_share: Annotated[float, setting(BatchingConfig, "decode_share")] = default_of(
+        BatchingConfig, "decode_share"
+    ),
+    training_share: Annotated[float, setting(BatchingConfig, "training_share")] = default_of(
+        BatchingConfig, "training_share"
     ),
     state_dir: Annotated[
         Path | None,
@@ -97,6 +106,11 @@ def serve(
         threads=threads,
         drain_s=drain,
         compile=compile,
+        batching={
+            "prefill_chunk_tokens": prefill_chunk,
+            "decode_share": decode_share,
+            "training_share": training_share,
+        },
         runs={"tape_budget_bytes": tape_budget, "disk_budget_bytes": disk_budget},
         **({} if state_dir is None else {"state_dir": state_dir}),
         sessions={"kv_budget_bytes": kv_budget, "session_tokens": session_tokens, "lease_s": lease},

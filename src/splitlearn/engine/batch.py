@@ -1,4 +1,4 @@
-"""Several sessions' steps as one forward of the trunk."""
+"""Several sessions' steps, or pieces of them, as one forward of the trunk."""
 
 from __future__ import annotations
 
@@ -13,17 +13,15 @@ from splitlearn.engine.session import Session
 
 def run_batch(runner: Runner, batch: list[ReadyStep], dtype: torch.dtype) -> tuple[BatchPlan | None, Ran]:
     """Forward of the batch; a lone step without a session has no plan."""
-    messages = [member.step.message for member in batch]
     if batch[0].session is None:
-        lone = messages[0]
+        lone = batch[0].step.message
         return None, runner.run_without_cache(lone.activation_BTD, lone.mask_columns_BT, lone.positions_BT)
     plan = _plan_of(batch)
     first = batch[0].session
+    pieces_BTD = [member.piece_of(member.step.message.activation_BTD).to(dtype) for member in batch]
     ran = runner.run(
         plan,
-        torch.cat([message.activation_BTD.to(dtype) for message in messages])
-        if len(messages) > 1
-        else messages[0].activation_BTD,
+        torch.cat(pieces_BTD) if len(batch) > 1 else pieces_BTD[0],
         _positions_of(batch),
         padded=any(_session_of(member).padded for member in batch),
         adapter=first.adapter,
@@ -38,8 +36,8 @@ def _plan_of(batch: list[ReadyStep]) -> BatchPlan:
         steps=tuple(member.step.message.key.step for member in batch),
         step_rows=tuple(session.rows for session in sessions),
         slots=tuple(slot for session in sessions for slot in session.slots),
-        lengths=tuple(session.length for session in sessions for _ in session.slots),
-        tokens=batch[0].step.message.tokens,
+        lengths=tuple(member.length for member in batch for _ in _session_of(member).slots),
+        tokens=batch[0].tokens,
         adapter_slots=(0,) * sum(session.rows for session in sessions),
     )
 
@@ -54,9 +52,9 @@ def _positions_of(batch: list[ReadyStep]) -> Tensor | None:
 def _row_positions(member: ReadyStep) -> Tensor:
     message = member.step.message
     if message.positions_BT is not None:
-        return message.positions_BT
-    start = _session_of(member).length
-    return torch.arange(start, start + message.tokens).expand(message.rows, message.tokens)
+        return member.piece_of(message.positions_BT)
+    start = member.length
+    return torch.arange(start, start + member.tokens).expand(message.rows, member.tokens)
 
 
 def _session_of(member: ReadyStep) -> Session:

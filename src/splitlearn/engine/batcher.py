@@ -1,7 +1,8 @@
-"""Which waiting steps run together now."""
+"""Which waiting steps run together with the one whose turn it is."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from splitlearn.config import BatchingConfig
@@ -9,35 +10,57 @@ from splitlearn.engine.ready_step import ReadyStep
 
 
 class Batcher:
-    """The oldest step runs now, and with it all that fit: as many new tokens a row, the same precision.
+    """All that fit: as many new tokens a row, the same adapter, the same precision.
 
-    Steps without a session, and those of families that are not proven in a batch, run one by one.
+    A step that is cut into pieces counts with the piece that runs next. Steps without a session,
+    and those of families that are not proven in a batch, run one by one.
     """
 
     def __init__(self, config: BatchingConfig, *, batched: bool) -> None:
         self._config = config
         self._batched = batched
 
-    def choose(self, ready: Sequence[ReadyStep]) -> list[ReadyStep]:
-        """The next batch, out of the steps that are ready, in their order; at least the first of them."""
-        first, *others = ready
-        batch = [first]
-        rows = first.step.message.rows
-        for other in others:
-            fits = self._fits(rows + other.step.message.rows, first.step.message.tokens)
-            if fits and self._go_together(first, other):
+    def choose(self, first: ReadyStep, waiting: Sequence[ReadyStep]) -> list[ReadyStep]:
+        """`first` and its company out of those that wait; where not all fit, clients have seats in turn."""
+        if not self._batched or first.session is None:
+            return [first]
+        company = [other for other in waiting if other is not first and _go_together(first, other)]
+        everybody = [first, *company]
+        if self._fits(sum(member.rows for member in everybody), first.tokens):
+            return everybody
+        return self._seated(everybody)
+
+    def _seated(self, everybody: list[ReadyStep]) -> list[ReadyStep]:
+        first, *company = _in_turn(everybody)
+        batch, rows = [first], first.rows
+        for other in company:
+            if self._fits(rows + other.rows, first.tokens):
                 batch.append(other)
-                rows += other.step.message.rows
+                rows += other.rows
         return batch
 
     def _fits(self, rows: int, tokens: int) -> bool:
         config = self._config
         return rows <= config.max_batch_rows and rows * tokens <= config.max_batch_tokens
 
-    def _go_together(self, first: ReadyStep, other: ReadyStep) -> bool:
-        if not self._batched or first.session is None or other.session is None:
-            return False
-        same_tokens = first.step.message.tokens == other.step.message.tokens
-        same_adapter = first.session.adapter is other.session.adapter
-        same_autocast = first.session.precision.autocast == other.session.precision.autocast
-        return same_tokens and same_adapter and same_autocast
+
+def _go_together(first: ReadyStep, other: ReadyStep) -> bool:
+    mine, others = first.session, other.session
+    return (
+        mine is not None
+        and others is not None
+        and first.tokens == other.tokens
+        and mine.adapter is others.adapter
+        and mine.precision.autocast == others.precision.autocast
+    )
+
+
+def _in_turn(steps: Sequence[ReadyStep]) -> list[ReadyStep]:
+    """Each client's first step, then each one's second, and so on."""
+    had: Counter[bytes] = Counter()
+    rounds: dict[int, list[ReadyStep]] = {}
+    for step in steps:
+        client = step.step.client
+        rounds.setdefault(had[client], []).append(step)
+        had[client] += 1
+    return [step for round in rounds.values() for step in round]

@@ -25,6 +25,7 @@ class Session:
     precision: Precision
     slots: tuple[int, ...]
     lease_until: float
+    lease_s: float = 0.0
     adapter: AdapterVersion = BARE
     follow: bool = False
     length: int = 0

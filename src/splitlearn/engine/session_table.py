@@ -61,7 +61,8 @@ class SessionTable:
             session = self._open_for(id, message, message.open, now)
         else:
             session = self.find(id, message.key.incarnation)
-        session.lease_until = now + self._config.lease_s
+        session.lease_s = self._config.lease_s
+        session.lease_until = now + session.lease_s
         self._answers.release(id, message.acked_through)
         if session.follow and session.running is None:
             session.adapter = self._adapter_named(session.adapter.name)
@@ -89,7 +90,7 @@ class SessionTable:
 
     def advance(self, session: Session, tokens: int, answer: AnswerMessage, now: float) -> None:
         """The session's next step is done: its answer is kept before it leaves, and its lease begins anew."""
-        session.lease_until = now + self._config.lease_s
+        session.lease_until = now + session.lease_s
         self._answers.keep(session.id, session.next_step, answer)
         session.length += tokens
         session.next_step += 1
@@ -162,6 +163,8 @@ class SessionTable:
         for session in self._sessions.values():
             if session.id[0] == client:
                 session.lease_until = min(session.lease_until, until)
+                # A step of its that still runs does not make the while a long one.
+                session.lease_s = min(session.lease_s, self._config.orphan_lease_s)
 
     def _is_open(self, id: SessionId, incarnation: int) -> bool:
         return id in self._sessions and self._sessions[id].incarnation == incarnation

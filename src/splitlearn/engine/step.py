@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -35,10 +36,11 @@ class Step(Generic[Message]):
     def fail(self, error: SplitLearnError) -> None:
         self.answer(AnswerMessage(self.message.key, error=error))
 
-    def is_late(self, now: float) -> bool:
-        """Whether its client has given up on it."""
+    @property
+    def deadline(self) -> float:
+        """When its client gives up on it; infinite where it never does."""
         deadline_s = self.message.deadline_s
-        return bool(deadline_s) and now - self.arrived_at > deadline_s
+        return self.arrived_at + deadline_s if deadline_s else math.inf
 
     @property
     def is_cancelled(self) -> bool:

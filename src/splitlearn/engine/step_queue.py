@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
+from splitlearn.engine.failures import explained, stopped
 from splitlearn.engine.step import Step
 
 Request = Callable[[], None]
+Result = TypeVar("Result")
 
 
 class StepQueue:
@@ -26,6 +29,20 @@ class StepQueue:
                 self._waiting.append(item)
                 self._changed.notify()
             return not self._is_shut
+
+    def ask(self, work: Callable[[], Result]) -> Future[Result]:
+        """Have something done on the engine's thread, in its place in line: keep it short."""
+        future: Future[Result] = Future()
+
+        def request() -> None:
+            try:
+                future.set_result(work())
+            except Exception as error:
+                future.set_exception(explained(error))
+
+        if not self.put(request):
+            future.set_exception(stopped())
+        return future
 
     def wait(self, timeout_s: float) -> None:
         """Until something waits, or the time is up."""

@@ -41,11 +41,11 @@ class RunCalls(rpc.TrunkServicer):
                 f"run {asked.name!r} has checkpoints on this server (steps {list(kept)}): resume from one, "
                 "take another name, or delete them"
             )
-        return await self._reply(self._hall.engine.open_run(client_id(request.client), asked))
+        return await self._reply(self._hall.engine.runs.open(client_id(request.client), asked))
 
     @refusing
     async def JoinRun(self, request: pb.JoinRunRequest, context: Context) -> pb.RunReply:
-        joined = self._hall.engine.join_run(client_id(request.client), run_name(request.name))
+        joined = self._hall.engine.runs.join(client_id(request.client), run_name(request.name))
         return await self._reply(joined)
 
     @refusing
@@ -53,7 +53,7 @@ class RunCalls(rpc.TrunkServicer):
         """Where the run stands; one that is only on disk is answered too."""
         name = run_name(request.name)
         try:
-            return await self._reply(self._hall.engine.with_run(name, Run.facts))
+            return await self._reply(self._hall.engine.runs.do(name, Run.facts))
         except RunLost:
             if not (kept := await asyncio.to_thread(self._store.steps, name)):
                 raise
@@ -62,7 +62,7 @@ class RunCalls(rpc.TrunkServicer):
 
     @refusing
     async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsReply:
-        is_open = await asyncio.wrap_future(self._hall.engine.run_facts())
+        is_open = await asyncio.wrap_future(self._hall.engine.runs.facts())
         every = await asyncio.to_thread(self._with_saved, is_open)
         return pb.ListRunsReply(runs=map(facts_to_proto, every))
 
@@ -70,7 +70,7 @@ class RunCalls(rpc.TrunkServicer):
     async def SaveRun(self, request: pb.SaveRunRequest, context: Context) -> pb.RunReply:
         """The run as it stands after the step that its client has just had done."""
         name, engine = run_name(request.name), self._hall.engine
-        snapshot = await asyncio.wrap_future(engine.with_run(name, Run.snapshot))
+        snapshot = await asyncio.wrap_future(engine.runs.do(name, Run.snapshot))
         if request.step != snapshot.step:
             raise StepOutOfOrder(
                 f"run {name} stands at step {snapshot.step}, not {request.step}: nothing was saved",
@@ -80,23 +80,23 @@ class RunCalls(rpc.TrunkServicer):
         await asyncio.to_thread(self._store.forget_before, name, request.acknowledged_step, kept)
         await asyncio.to_thread(self._require_place, name)
         await asyncio.to_thread(self._store.write, snapshot)
-        return await self._reply(engine.with_run(name, Run.facts))
+        return await self._reply(engine.runs.do(name, Run.facts))
 
     @refusing
     async def RestoreRun(self, request: pb.RestoreRunRequest, context: Context) -> pb.RunReply:
         snapshot = await asyncio.to_thread(self._store.read, run_name(request.name), request.step)
-        return await self._reply(self._hall.engine.restore_run(client_id(request.client), snapshot))
+        return await self._reply(self._hall.engine.runs.restore(client_id(request.client), snapshot))
 
     @refusing
     async def CloseRun(self, request: pb.RunRequest, context: Context) -> pb.RunReply:
-        return await self._reply(self._hall.engine.close_run(run_name(request.name)))
+        return await self._reply(self._hall.engine.runs.close(run_name(request.name)))
 
     @refusing
     async def DeleteRun(self, request: pb.RunRequest, context: Context) -> pb.DeleteReply:
         """From memory and from disk."""
         name = run_name(request.name)
         try:
-            await asyncio.wrap_future(self._hall.engine.close_run(name))
+            await asyncio.wrap_future(self._hall.engine.runs.close(name))
         except RunLost:
             if not await asyncio.to_thread(self._store.steps, name):
                 raise
@@ -109,7 +109,7 @@ class RunCalls(rpc.TrunkServicer):
                 adapter = await self._received(requests)
         except TimeoutError:
             raise MessageError(f"an adapter's parts did not come within {ADAPTER_S:g} s: again") from None
-        version = await asyncio.wrap_future(self._hall.engine.load_adapter(adapter))
+        version = await asyncio.wrap_future(self._hall.engine.runs.load_adapter(adapter))
         size = sum(weight.nbytes for weight in version.weights.values())
         return pb.AdapterReply(name=version.name, version=version.number, bytes=size)
 
@@ -123,7 +123,7 @@ class RunCalls(rpc.TrunkServicer):
 
     @refusing
     async def UnloadAdapter(self, request: pb.AdapterRequest, context: Context) -> pb.DeleteReply:
-        unloaded = self._hall.engine.unload_adapter(run_name(request.name))
+        unloaded = self._hall.engine.runs.unload_adapter(run_name(request.name))
         freed_bytes: int = await asyncio.wrap_future(unloaded)
         return pb.DeleteReply(freed_bytes=freed_bytes)
 
@@ -132,7 +132,7 @@ class RunCalls(rpc.TrunkServicer):
     ) -> AsyncIterator[pb.AdapterPart]:
         """The trunk's part of a run's adapter, if the run allows it."""
         try:
-            found = self._hall.engine.adapter(run_name(request.name))
+            found = self._hall.engine.runs.adapter(run_name(request.name))
             adapter = await asyncio.wrap_future(found)
             parts = adapter_to_parts(adapter, request.client, self._hall.config.limits.chunk_bytes)
             while (part := await asyncio.to_thread(next, parts, None)) is not None:

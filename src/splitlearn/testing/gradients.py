@@ -34,7 +34,7 @@ def adapted(whole: PreTrainedModel, split: PreTrainedModel, engine: Engine, lora
         weights = {name: _some_of(name, weight) for name, weight in taken.weights.items()}
         run.restore(replace(taken, weights=weights))
 
-    engine.with_run(trunk_of(split).run.name, spread).result(WAIT_S)
+    engine.runs.do(trunk_of(split).run.name, spread).result(WAIT_S)
 
 
 def gradients_of_whole(whole: PreTrainedModel) -> dict[str, Tensor]:
@@ -45,7 +45,7 @@ def gradients_of_split(split: PreTrainedModel, engine: Engine) -> dict[str, Tens
     """Those of bottom and top, and those that the trunk has accumulated."""
     run_name = trunk_of(split).run.name
     ours = {name: weight.grad for name, weight in weights_of(split, ADAPTER).items()}
-    theirs = engine.with_run(run_name, Run.gradients).result(WAIT_S)
+    theirs = engine.runs.do(run_name, Run.gradients).result(WAIT_S)
     return _there(ours | theirs)
 
 

@@ -74,13 +74,13 @@ class LoopbackTransport:
         return replace(answer, activation_BTD=None if received is None else self._carry(received))
 
     def open_run(self, asked: OpenRun) -> RunFacts:
-        return _within(FORK_S, self._engine.open_run(self._client, asked))
+        return _within(FORK_S, self._engine.runs.open(self._client, asked))
 
     def join_run(self, name: str) -> RunFacts:
-        return _within(FORK_S, self._engine.join_run(self._client, name))
+        return _within(FORK_S, self._engine.runs.join(self._client, name))
 
     def run_facts(self, name: str) -> RunFacts:
-        return _within(FORK_S, self._engine.with_run(name, Run.facts))
+        return _within(FORK_S, self._engine.runs.do(name, Run.facts))
 
     def save_run(self, name: str, step: int, acknowledged: Sequence[int]) -> RunFacts:
         raise NotServed("an engine alone has no disk: use a TrunkServer")
@@ -89,20 +89,20 @@ class LoopbackTransport:
         raise NotServed("an engine alone has no disk: use a TrunkServer")
 
     def close_run(self, name: str) -> None:
-        _within(FORK_S, self._engine.close_run(name))
+        _within(FORK_S, self._engine.runs.close(name))
 
     def delete_run(self, name: str) -> int:
-        _within(FORK_S, self._engine.close_run(name))
+        _within(FORK_S, self._engine.runs.close(name))
         return 0
 
     def download_adapter(self, name: str) -> AdapterMessage:
-        return _within(FORK_S, self._engine.adapter(name))
+        return _within(FORK_S, self._engine.runs.adapter(name))
 
     def load_adapter(self, adapter: AdapterMessage) -> None:
-        _within(FORK_S, self._engine.load_adapter(adapter))
+        _within(FORK_S, self._engine.runs.load_adapter(adapter))
 
     def unload_adapter(self, name: str) -> None:
-        _within(FORK_S, self._engine.unload_adapter(name))
+        _within(FORK_S, self._engine.runs.unload_adapter(name))
 
     def fork(self, message: ForkMessage) -> None:
         _within(FORK_S, self._engine.fork(self._client, message))
@@ -128,12 +128,13 @@ def split_over_loopback(
     plan: SplitPlan | None = None,
     sessions: SessionConfig = SMALL,
     runs: RunConfig | None = None,
+    batching: BatchingConfig = BatchingConfig(),  # noqa: B008
     **how: Any,
 ) -> Iterator[PreTrainedModel]:
     """The model in this folder, split 2/n/2 or as planned; `how` is `dtype` and the like, for both sides."""
     checkpoint = Checkpoint.open(folder)
     plan = plan or SplitPlan.for_config(checkpoint.config)
-    engine = Engine(load_trunk(checkpoint, plan, **how), BatchingConfig(), sessions, runs)
+    engine = Engine(load_trunk(checkpoint, plan, **how), batching, sessions, runs)
     engine.start()
     try:
         yield connect(checkpoint, plan, LoopbackTransport(engine, sessions), ClientConfig(), **how)

@@ -43,7 +43,7 @@ def loaded(folder: Path, state_dir: Path, **runs: Any) -> Iterator[tuple[TrunkSe
 
 
 def gradients(server: TrunkServer, model: Any) -> dict[str, Any]:
-    return server.engine.with_run(model.trunk.run.name, Run.gradients).result(WAIT_S)
+    return server.engine.runs.do(model.trunk.run.name, Run.gradients).result(WAIT_S)
 
 
 def until_expired(server: TrunkServer) -> None:

@@ -74,12 +74,12 @@ def weights_of_whole(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def weights_of_split(split: PreTrainedModel) -> dict[str, Tensor]:
-    theirs = engine_of(split).with_run(split.trunk.run.name, Run.snapshot).result(WAIT_S).weights
+    theirs = engine_of(split).runs.do(split.trunk.run.name, Run.snapshot).result(WAIT_S).weights
     return weights_of_whole(split) | dict(theirs)
 
 
 def gradients_of_trunk(split: PreTrainedModel) -> dict[str, Tensor | None]:
-    return engine_of(split).with_run(split.trunk.run.name, Run.gradients).result(WAIT_S)
+    return engine_of(split).runs.do(split.trunk.run.name, Run.gradients).result(WAIT_S)
 
 
 def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
@@ -275,7 +275,7 @@ def test_bottom_and_top_can_be_trained_without_lora(folder):
         for name, weight in split.named_parameters():
             assert torch.equal(weight, theirs[name])
         engine = engine_of(split)
-        assert engine.with_run(split.trunk.run.name, lambda run: len(run.masters)).result(WAIT_S) == 0
+        assert engine.runs.do(split.trunk.run.name, lambda run: len(run.masters)).result(WAIT_S) == 0
         assert not [name for name, _ in engine.trunk.named_parameters() if "lora_" in name]
 
 
@@ -459,7 +459,7 @@ def test_a_forward_that_the_trunk_let_go_of_is_forwarded_again_by_itself(folder)
                 loss = loss_of(split, seed)
                 if disturbed:
                     engine = engine_of(split)
-                    assert engine._ask(lambda e=engine: e.tape.expire(math.inf)).result(WAIT_S) == 1
+                    assert engine._queue.ask(lambda e=engine: e.tape.expire(math.inf)).result(WAIT_S) == 1
                 loss.backward()
                 split.trunk.step()
             assert split.trunk.run.forwarded_again == 2 * disturbed

@@ -18,7 +18,7 @@ def ready(tokens: int = 1, rows: int = 1, *, session: bool = True, autocast: str
 
 
 def choose(*waiting: ReadyStep, batched: bool = True, **config) -> list[ReadyStep]:
-    return Batcher(BatchingConfig(**config), batched=batched).choose(waiting)
+    return Batcher(BatchingConfig(**config), batched=batched).choose(waiting[0], waiting)
 
 
 def test_steps_of_as_many_tokens_run_together():
@@ -26,7 +26,7 @@ def test_steps_of_as_many_tokens_run_together():
     assert choose(first, prefill, third) == [first, third]
 
 
-def test_the_oldest_step_always_runs_however_large():
+def test_the_step_whose_turn_it_is_always_runs_however_large():
     huge = ready(tokens=500)
     assert choose(huge, ready(), max_batch_tokens=100) == [huge]
 

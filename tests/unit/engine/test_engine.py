@@ -87,7 +87,7 @@ def test_sessions_of_different_length_run_as_one_batch_and_each_gets_its_own(eng
     engine.start()
     engine.submit(ME, step(1, tokens(1), 9)).result(WAIT_S)
     ran = count_runs(engine)
-    hold = engine._ask(lambda: [queue_up(engine, texts, futures)])
+    hold = engine._queue.ask(lambda: [queue_up(engine, texts, futures)])
     futures: dict = {}
     hold.result(WAIT_S)
     for session in texts:
@@ -134,7 +134,7 @@ def test_values_that_are_no_numbers_stay_with_the_client_that_sent_them(engine, 
         futures["sick"] = engine.submit(YOU, step(2, sick[:, :1], 1))
         futures["well"] = engine.submit(ME, step(2, well[:, -1:], 1))
 
-    engine._ask(both).result(WAIT_S)
+    engine._queue.ask(both).result(WAIT_S)
     assert result(futures["sick"]).isnan().all()
     torch.testing.assert_close(result(futures["well"]), alone(trunk, well)[:, -1:], atol=1e-6, rtol=1e-5)
     engine.close(YOU, CloseMessage(1)).result(WAIT_S)
@@ -256,14 +256,13 @@ def test_a_stopped_engine_answers_what_still_waits(trunk):
 def test_a_lone_step_waits_for_company_as_long_as_it_was_told(trunk):
     sessions = SessionConfig(kv_budget_bytes=1 << 20, session_tokens=64)
     engine = Engine(trunk, BatchingConfig(wait_ms=WAIT_S * 1000), sessions)
+    openings = [engine.submit(ME, step(1, tokens(4), session)) for session in (1, 2)]
     engine.start()
-    for session in (1, 2):
-        opening = engine.submit(ME, step(1, tokens(4 + session), session))
-        engine.submit(ME, StepMessage(StepKey(step=session), tokens(1)))
+    for opening in openings:
         result(opening)
     ran = count_runs(engine)
     first = engine.submit(ME, step(2, tokens(1), 1))
-    engine._ask(lambda: None).result(WAIT_S)
+    engine._queue.ask(lambda: None).result(WAIT_S)
     assert ran == []
     second = engine.submit(ME, step(2, tokens(1), 2))
     result(first)

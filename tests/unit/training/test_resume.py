@@ -181,7 +181,7 @@ class BreakOptimizer(TrainerCallback):
 
         if state.global_step == self.step:
             self.step = 0
-            self.server.engine.with_run(model.trunk.run.name, tamper).result(WAIT_S)
+            self.server.engine.runs.do(model.trunk.run.name, tamper).result(WAIT_S)
 
 
 def test_a_training_goes_back_by_itself_where_the_trunks_optimizer_failed_halfway(
