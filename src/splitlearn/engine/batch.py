@@ -18,7 +18,9 @@ def run_batch(runner: Runner, batch: list[ReadyStep], dtype: torch.dtype) -> tup
         return None, runner.run_without_cache(lone.activation_BTD, lone.mask_columns_BT, lone.positions_BT)
     plan = _plan_of(batch)
     first = batch[0].session
-    pieces_BTD = [member.piece_of(member.step.message.activation_BTD).to(dtype) for member in batch]
+    pieces_BTD = [member.piece_of(member.step.message.activation_BTD) for member in batch]
+    if any(piece_BTD.dtype != pieces_BTD[0].dtype for piece_BTD in pieces_BTD):
+        pieces_BTD = [piece_BTD.to(dtype) for piece_BTD in pieces_BTD]
     ran = runner.run(
         plan,
         torch.cat(pieces_BTD) if len(batch) > 1 else pieces_BTD[0],

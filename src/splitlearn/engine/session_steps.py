@@ -38,6 +38,8 @@ class SessionSteps:
         """Run the next piece of each; those that have further pieces are given back."""
         started = time.monotonic()
         if prepared := [member for member in batch if self._prepare(member, started)]:
+            # Neighbouring slots are read as they lie, without a copy.
+            prepared.sort(key=_first_slot)
             self._run_or_split(prepared)
         return [member for member in prepared if member.session and member.session.running is member.step]
 
@@ -102,9 +104,13 @@ class SessionSteps:
                     self._fail(member, error)
 
     def _take(self, member: ReadyStep, activation_BTD: Tensor, ran: Ran) -> None:
-        is_part = len(activation_BTD) < len(ran.activation_BTD)
-        # A part is copied: kept as a view, it would keep the whole batch's memory.
-        member.take(activation_BTD.to(member.step.message.activation_BTD.dtype, copy=is_part), ran.device_us)
+        dtype = member.step.message.activation_BTD.dtype
+        if activation_BTD.dtype != dtype:
+            activation_BTD = activation_BTD.to(dtype)
+        elif len(activation_BTD) < len(ran.activation_BTD):
+            # A part is copied: kept as a view, it would keep the whole batch's memory.
+            activation_BTD = activation_BTD.clone()
+        member.take(activation_BTD, ran.device_us)
         if member.is_done:
             self._answer(member)
 
@@ -124,3 +130,7 @@ class SessionSteps:
                 self._sessions.drop(member.session)
         finally:
             member.step.fail(explained(error))
+
+
+def _first_slot(member: ReadyStep) -> int:
+    return 0 if member.session is None else member.session.slots[0]

@@ -44,4 +44,4 @@ class Step(Generic[Message]):
 
     @property
     def is_cancelled(self) -> bool:
-        return all(future.cancelled() for future in self.waiting)
+        return all(map(Future.cancelled, self.waiting))

@@ -30,7 +30,10 @@ class WaitingLine:
         return iter(self._waiting)
 
     def add(self, ready: Ready) -> None:
-        insort(self._waiting, ready, key=lambda each: each.urgency)
+        if not self._waiting or ready.urgency >= self._waiting[-1].urgency:
+            self._waiting.append(ready)
+        else:
+            insort(self._waiting, ready, key=lambda each: each.urgency)
         client = ready.step.client
         self._steps_of[client] += 1
         self._round_of.setdefault(client, self._round + 1)

@@ -89,3 +89,24 @@ def test_text_prompt_and_training_take_turns(engine):
     others = [client for client in turns if client != WRITER]
     assert others[: 2 * PIECES : 2] == [READER] * PIECES
     assert others[1 : 2 * TRAINED : 2] == [TRAINER] * TRAINED
+
+
+def test_rows_of_a_batch_lie_as_their_slots_do_whatever_order_their_steps_came_in(engine):
+    """So that neighbouring slots are read as they lie, without a copy."""
+    plans: list = []
+    run = engine._runner.run
+    engine._runner.run = lambda plan, *args, **kwargs: plans.append(plan) or run(plan, *args, **kwargs)
+    for session in (1, 2, 3):
+        opening = StepMessage(StepKey(session=session, step=1), tokens(1), open=OpenSession())
+        engine.submit(WRITER, opening).result(WAIT_S)
+    futures: list[Future[AnswerMessage]] = []
+
+    def submit_backwards() -> None:
+        for session in (3, 1, 2):
+            futures.append(
+                engine.submit(WRITER, StepMessage(StepKey(session=session, step=2), tokens(session)[:, :1]))
+            )
+
+    engine._queue.ask(submit_backwards).result(WAIT_S)
+    assert all(future.result(WAIT_S).error is None for future in futures)
+    assert plans[-1].slots == (0, 1, 2)
