@@ -43,8 +43,14 @@ def test_it_is_cropped_before_it_outgrows_what_the_server_holds(server):
         for _ in range(5 * TEXT):
             answer = await session.step()
             assert answer.activation.shape == [1, 1, server.engine.trunk.hidden_size]
+        assert server.engine.open_sessions == 1
 
     with_session(server, several_texts)
+
+
+def test_once_closed_it_holds_nothing_on_the_server(server):
+    with_session(server, lambda session: session.step())
+    assert server.engine.open_sessions == 0
 
 
 def test_after_a_lost_session_the_load_goes_on_with_another(server):

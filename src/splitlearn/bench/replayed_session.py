@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +81,14 @@ class ReplayedSession:
         return answer
 
     async def close(self) -> None:
+        """Free what it holds on the server, if that is still there."""
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            close = pb.CloseSession(session=self.number)
+            await self._call.write(pb.ClientMessage(close=close).SerializeToString())
+            await self._call.done_writing()
+            # The server ends the stream once it has read all of it.
+            while isinstance(await self._call.read(), bytes):
+                pass
         await self._channel.close()
 
     async def _ask(self, message: pb.ClientMessage, tokens: int) -> pb.Answer:
