@@ -5,6 +5,8 @@ import json
 
 import pytest
 
+from splitlearn.cli.trunk_process import TrunkProcess
+
 pytestmark = pytest.mark.timeout(300)  # several processes, each of which loads torch
 
 RPS = ("bench", "rps", "--seconds", 1, "--prompt-tokens", 4, "--text-tokens", 24)
@@ -31,6 +33,14 @@ def test_rps_starts_a_trunk_of_its_own(splitlearn, model_folder, tmp_path):
     report = json.loads((tmp_path / "rps.json").read_text())
     assert report["settings"]["trunk"] == "started here"
     assert report["rows"][0]["failed"] == 0
+
+
+def test_a_server_that_is_told_to_batch_nothing_runs_one_step_at_a_time(splitlearn, model_folder):
+    with TrunkProcess(model_folder, "--max-batch-rows", "1", "--wait-ms", "0") as trunk:
+        done = splitlearn(*RPS, model_folder, "--trunk", trunk.address, "--sessions", 4, "--json")
+    assert done.returncode == 0, done.stderr
+    # Two steps that took equally long are told for one batch.
+    assert json.loads(done.stdout)["rows"][0]["steps_per_batch"] < 2
 
 
 def test_rps_refuses_texts_that_the_trunk_has_no_room_for(splitlearn, trunk, model_folder):

@@ -21,7 +21,7 @@ from splitlearn.cli.options import (
     setting,
 )
 from splitlearn.cli.sizes import parse_bytes
-from splitlearn.config import GIB, DTypeName, RunConfig, ServerConfig, SessionConfig
+from splitlearn.config import GIB, BatchingConfig, DTypeName, RunConfig, ServerConfig, SessionConfig
 from splitlearn.errors import TrunkFailed
 
 if TYPE_CHECKING:
@@ -50,6 +50,12 @@ def serve(
     ] = f"{default_of(SessionConfig, 'kv_budget_bytes') // GIB}GiB",  # type: ignore[assignment]
     session_tokens: Annotated[int, setting(SessionConfig, "session_tokens", min=1)] = default_of(
         SessionConfig, "session_tokens"
+    ),
+    max_batch_rows: Annotated[int, setting(BatchingConfig, "max_batch_rows", min=1)] = default_of(
+        BatchingConfig, "max_batch_rows"
+    ),
+    wait_ms: Annotated[float, setting(BatchingConfig, "wait_ms", min=0)] = default_of(
+        BatchingConfig, "wait_ms"
     ),
     lease: Annotated[float, setting(SessionConfig, "lease_s", "--lease", metavar="SECONDS")] = default_of(
         SessionConfig, "lease_s"
@@ -96,6 +102,7 @@ def serve(
         drain_s=drain,
         compile=compile,
         runs={"tape_budget_bytes": tape_budget, "disk_budget_bytes": disk_budget},
+        batching={"max_batch_rows": max_batch_rows, "wait_ms": wait_ms},
         **({} if state_dir is None else {"state_dir": state_dir}),
         sessions={"kv_budget_bytes": kv_budget, "session_tokens": session_tokens, "lease_s": lease},
     )
