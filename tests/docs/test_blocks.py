@@ -113,6 +113,10 @@ def test_a_command_of_a_page_exists(page: str, command: str) -> None:
     named = re.match(r"[a-z]+", command)
     verb = group.get_command(context, named[0]) if named else group
     assert verb is not None, f"{page}: there is no `splitlearn {command}`"
+    if below := getattr(verb, "commands", {}):
+        words = command.split()[1:]
+        assert not words or words[0] in below, f"{page}: there is no `splitlearn {command}`"
+        verb = below[words[0]] if words else verb
     known = {option for parameter in verb.params for option in parameter.opts}
     known |= {option for parameter in verb.params for option in parameter.secondary_opts}
     used = set(re.findall(r"--[a-z][a-z-]*", command))

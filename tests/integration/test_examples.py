@@ -18,7 +18,11 @@ def run(name: str, *words: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_example_is_run_here():
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"generate_with_cache.py", "train_lora.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "benchmark_acceleration.py",
+        "generate_with_cache.py",
+        "train_lora.py",
+    }
 
 
 def test_generate_with_cache_starts_its_own_server(model_folder):
@@ -31,6 +35,16 @@ def test_generate_with_cache_starts_its_own_server(model_folder):
 def test_generate_with_cache_takes_a_server_that_runs(model_folder, trunk):
     done = run("generate_with_cache.py", "--model", model_folder, "--trunk", trunk.address, "--new-tokens", 8)
     assert done.returncode == 0, done.stderr
+
+
+def test_benchmark_acceleration_measures_every_option(model_folder):
+    done = run("benchmark_acceleration.py", "--model", model_folder, "--sessions", 3, "--seconds", 0.5)
+    assert done.returncode == 0, done.stderr
+    head, *rows = done.stdout.splitlines()
+    assert head.startswith("options")
+    assert [row.split()[-1] for row in rows] == ["0"] * 4
+    assert rows[1].startswith("one step at a time")
+    assert float(rows[1].split()[-4]) < 2
 
 
 def test_train_lora_starts_its_own_server_and_learns(model_folder, tmp_path):

@@ -51,6 +51,12 @@ def serve(
     session_tokens: Annotated[int, setting(SessionConfig, "session_tokens", min=1)] = default_of(
         SessionConfig, "session_tokens"
     ),
+    max_batch_rows: Annotated[int, setting(BatchingConfig, "max_batch_rows", min=1)] = default_of(
+        BatchingConfig, "max_batch_rows"
+    ),
+    wait_ms: Annotated[float, setting(BatchingConfig, "wait_ms", min=0)] = default_of(
+        BatchingConfig, "wait_ms"
+    ),
     lease: Annotated[float, setting(SessionConfig, "lease_s", "--lease", metavar="SECONDS")] = default_of(
         SessionConfig, "lease_s"
     ),
@@ -112,6 +118,7 @@ def serve(
             "training_share": training_share,
         },
         runs={"tape_budget_bytes": tape_budget, "disk_budget_bytes": disk_budget},
+        batching={"max_batch_rows": max_batch_rows, "wait_ms": wait_ms},
         **({} if state_dir is None else {"state_dir": state_dir}),
         sessions={"kv_budget_bytes": kv_budget, "session_tokens": session_tokens, "lease_s": lease},
     )

@@ -20,6 +20,7 @@ VERBS = {
     "runs": "The trainings that a server holds; `--delete` removes one.",
     "plan": "Layers, memory and bytes of a split, before anything runs.",
     "verify": "Show that split and whole give the same, on your own model.",
+    "bench": "Measure a trunk: steps a second under load, texts by several clients at once.",
     "doctor": "Can this machine load, reach and run it?",
     "demo": "All of it on one machine, with a small real model.",
 }
@@ -49,7 +50,13 @@ class Verbs(TyperGroup):
 
 
 def load_verb(name: str) -> Any:
-    """The command of this name, with its options."""
-    verb = typer.Typer(add_completion=False, rich_markup_mode=None)
-    verb.command(name)(getattr(import_module(f"splitlearn.cli.{name}"), name))
+    """The command of this name, with its options; or with the verbs below it, where it has such."""
+    module = import_module(f"splitlearn.cli.{name}")
+    verb = typer.Typer(name=name, add_completion=False, rich_markup_mode=None)
+    if below := getattr(module, "VERBS", None):
+        verb.callback()(getattr(module, name))
+        for own_name, function in below.items():
+            verb.command(own_name)(function)
+    else:
+        verb.command(name)(getattr(module, name))
     return typer.main.get_command(verb)

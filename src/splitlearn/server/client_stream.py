@@ -92,6 +92,7 @@ class ClientStream:
         self._all_read = False
         self.ticket = secrets.token_bytes(TICKET_BYTES)
         self._welcome = self._greet(hello)
+        self._hidden_size = hall.engine.trunk.hidden_size
         self.client = hello.client
         self._checksum = self._welcome.checksum == pb.XXH3_64
         self._assembly = ChunkAssembly(self._limits.max_message_bytes, checksum=self._checksum)
@@ -190,10 +191,9 @@ class ClientStream:
         return message, self._decode(message.step, whole.payload)
 
     def _decode(self, proto: pb.Step, payload: Tensor | None = None) -> Decoded:
-        hidden_size = self._hall.engine.trunk.hidden_size
         decode = run_step_from_proto if proto.key.run else step_from_proto
         try:
-            return decode(proto, hidden_size, self._limits, checksum=self._checksum, payload=payload)
+            return decode(proto, self._hidden_size, self._limits, checksum=self._checksum, payload=payload)
         except SplitLearnError as error:
             return error
 
@@ -208,13 +208,14 @@ class ClientStream:
     def _send(self, done: Future[AnswerMessage], format: FrameFormat, key: pb.StepKey) -> None:
         """On the engine's thread: hand over at once."""
         answer = done.result()
+        is_quick = _is_quick(answer)
 
         def encode() -> Outgoing:
-            into = format.apart_if_large()
+            into = format if is_quick else format.apart_if_large()
             message = pb.ServerMessage(answer=_encoded(answer, into))
             return self._in_pieces(message, into.apart[0] if into.apart else None)
 
-        if _is_quick(answer):
+        if is_quick:
             # Encoded where it is sent: waking one more thread would take longer.
             self._call(lambda: self._deliver(_or_failed(encode, key)))
         else:

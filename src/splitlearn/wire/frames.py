@@ -131,6 +131,8 @@ def _dtype(frame: pb.Frame, role: Role) -> torch.dtype:
 
 
 def _check_shape(shape: Sequence[int], expected: Sequence[int | None], name: str) -> None:
+    if list(shape) == list(expected):
+        return
     if len(shape) > MAX_RANK or any(length >= MAX_DIMENSION for length in shape):
         raise FrameError(f"the {name} frame has shape {list(shape)[:8]}, which no step has")
     fits = len(shape) == len(expected) and all(

@@ -7,6 +7,7 @@ from importlib import import_module
 import pytest
 from typer.testing import CliRunner
 
+from splitlearn.cli import bench
 from splitlearn.cli.main import app
 from splitlearn.cli.verbs import VERBS
 
@@ -49,6 +50,11 @@ def test_help_is_there_at_once():
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(spent) < ENOUGH_S
+
+
+@pytest.mark.parametrize("question", bench.VERBS)
+def test_help_of_a_measurement_loads_nothing_heavy(question):
+    assert not HEAVY & loaded_after("bench", question, "--help")
 
 
 @pytest.mark.parametrize("verb", VERBS)
