@@ -113,12 +113,13 @@ def serve(
         drain_s=drain,
         compile=compile,
         batching={
+            "max_batch_rows": max_batch_rows,
+            "wait_ms": wait_ms,
             "prefill_chunk_tokens": prefill_chunk,
             "decode_share": decode_share,
             "training_share": training_share,
         },
         runs={"tape_budget_bytes": tape_budget, "disk_budget_bytes": disk_budget},
-        batching={"max_batch_rows": max_batch_rows, "wait_ms": wait_ms},
         **({} if state_dir is None else {"state_dir": state_dir}),
         sessions={"kv_budget_bytes": kv_budget, "session_tokens": session_tokens, "lease_s": lease},
     )
