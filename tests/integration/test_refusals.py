@@ -31,7 +31,7 @@ from splitlearn.errors import (
     TrunkUnreachable,
     UnsupportedCall,
 )
-from splitlearn.server import client_stream
+from splitlearn.server import answers
 from splitlearn.testing.pair import Pair, lively_model, served_pair
 
 DEADLINE_S = 30.0
@@ -318,7 +318,7 @@ class Tamper:
 
 @pytest.mark.parametrize(
     ("where", "name"),
-    [(grpc_transport, "step_to_proto"), (client_stream, "answer_to_proto")],
+    [(grpc_transport, "step_to_proto"), (answers, "answer_to_proto")],
     ids=["to the server", "to the client"],
 )
 def test_bytes_that_change_on_the_way(

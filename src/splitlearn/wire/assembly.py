@@ -19,7 +19,7 @@ AHEAD = 4
 SMALL_PIECES = 4096
 """So many pieces of messages that are not whole may be of any size ..."""
 LEAST_PIECE_BYTES = 4 << 10
-"""... and all further ones must be so large on average: what is noted of each is less than a tenth of that."""
+"""... and all further ones must be so large on average: what is noted of each is far less."""
 CORRUPT = "a piece of a message does not match its checksum, the network or a memory changed it: try again"
 
 
@@ -65,7 +65,7 @@ class ChunkAssembly:
         """The whole message once its last piece is here, else None.
 
         Raises:
-            MessageError: the piece does not fit the others, its message is too large, or pieces are too small.
+            MessageError: the piece does not fit the others, its message is too large, or too many are small.
             CorruptFrame: a message was changed on its way, and not only its tensor.
         """
         is_intact = not self._checksum or checksum_of(piece.data) == piece.checksum
