@@ -473,6 +473,24 @@ def test_a_stream_has_no_more_lanes_than_the_server_allows(pair: Pair, wire: Wir
         lane.close()
 
 
+def test_a_close_behind_the_pieces_of_an_opening_closes_it_whichever_came_first(
+    pair: Pair, wire: Wire
+) -> None:
+    """It comes over each connection, behind what that one carries."""
+    lane = Wire(pair.server.address, wire.client, lane_of=wire.first.welcome.ticket)
+    close = pb.ClientMessage(close=pb.CloseSession(session=6))
+    opened = pair.engine.open_sessions
+    pieces = pieces_of(pb.ClientMessage(step=opening(session=6)), 50)
+    for each in (*pieces[0::2], close, pb.ClientMessage(step=opening(session=7))):
+        wire._outgoing.put(each)
+    assert wire._incoming.get(timeout=DEADLINE_S).answer.key.session == 7
+    for each in (*pieces[1::2], close):
+        lane._outgoing.put(each)
+    assert wire._incoming.get(timeout=DEADLINE_S).answer.key.session == 6
+    assert until(lambda: pair.engine.open_sessions == opened + 1)
+    lane.close()
+
+
 def test_a_lane_carries_pieces_only(wire: Wire, pair: Pair) -> None:
     lane = Wire(pair.server.address, wire.client, lane_of=wire.first.welcome.ticket)
     lane._outgoing.put(pb.ClientMessage(step=opening()))
@@ -538,7 +556,7 @@ def test_what_the_server_fails_to_take_ends_the_stream(
     async def fail(stream: ClientStream, piece: pb.Chunk) -> None:
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(ClientStream, "take_piece", fail)
+    monkeypatch.setattr(ClientStream, "_take_piece", fail)
     sender = lane if over == "a lane" else wire
     sender._outgoing.put(piece(b"x"))
     assert wire._incoming.get(timeout=DEADLINE_S).error.code == pb.TRUNK_FAILED

@@ -135,7 +135,7 @@ class ClientStream:
     async def _read(self, requests: Requests) -> None:
         try:
             async for message in requests:
-                await self._take(message)
+                await self.take(message)
         except Exception as error:
             # What follows on this stream can no longer be told apart.
             self.end(reason(error))
@@ -143,16 +143,17 @@ class ClientStream:
             self._all_read = True
             self._close_if_done()
 
-    async def _take(self, message: pb.ClientMessage | Piece) -> None:
+    async def take(self, message: pb.ClientMessage | Piece) -> None:
+        """From this stream's own connection or from a lane, in the order of each."""
         if isinstance(message, Piece):
-            await self.take_piece(message)
+            await self._take_piece(message)
             return
         match message.WhichOneof("content"):
             case "step":
                 await self._owe()
                 self._submit(message.step, self._decode(message.step))
             case "chunk":
-                await self.take_piece(message.chunk)
+                await self._take_piece(message.chunk)
             case "fork":
                 await self._owe()
                 self._fork(message.fork)
@@ -161,7 +162,7 @@ class ClientStream:
             case other:
                 raise MessageError(f"a client's message of kind {other} has no place here")
 
-    async def take_piece(self, piece: pb.Chunk | Piece) -> None:
+    async def _take_piece(self, piece: pb.Chunk | Piece) -> None:
         """A large message's last piece: it is parsed and decoded beside the loop that serves the others."""
         if (whole := self._assembly.add(piece)) is None:
             return

@@ -1,4 +1,4 @@
-"""Further connections of one client's stream: pieces of large messages, and nothing else."""
+"""Further connections of one client's stream: pieces of large messages, and what must come behind them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from splitlearn.server.client_stream import ClientStream, Requests
 
 log = structlog.get_logger("splitlearn.server")
+ON_LANES = ("chunk", "close")
 BROKE = "a connection that carried a part of a message broke: try again"
 
 
@@ -61,9 +62,9 @@ class Lane:
     async def _read(self, requests: Requests) -> None:
         try:
             async for message in requests:
-                if not isinstance(message, Piece) and message.WhichOneof("content") != "chunk":
-                    raise MessageError("a lane carries pieces of messages only")
-                await self._stream.take_piece(message if isinstance(message, Piece) else message.chunk)
+                if not isinstance(message, Piece) and message.WhichOneof("content") not in ON_LANES:
+                    raise MessageError("a lane carries pieces of messages, and what closes a session, only")
+                await self._stream.take(message)
         except Exception as error:
             self._stream.end(reason(error))
         finally:
