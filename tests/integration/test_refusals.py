@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from splitlearn import AutoSplitModelForCausalLM, TrunkServer
 from splitlearn.cli.trunk_process import TrunkProcess
 from splitlearn.client import grpc_transport
+from splitlearn.client.calls import describe
 from splitlearn.errors import (
     CorruptFrame,
     KvBudgetExceeded,
@@ -396,7 +397,7 @@ def test_a_server_that_hangs_is_given_up_at_the_deadline_and_used_again_after(fo
             os.kill(server.id, signal.SIGCONT)
         assert torch.equal(write_on_a_thread(split), before)
         # Not even the session that was opened after its client had given up.
-        assert until(lambda: grpc_transport.describe(server.address, DEADLINE_S).sessions == 0)
+        assert until(lambda: describe(server.address, DEADLINE_S).sessions == 0)
         split.close()
 
 
