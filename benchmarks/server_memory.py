@@ -23,7 +23,7 @@ import torch
 from _common import markdown, serving, write
 from _training import Trained, batch, lora
 
-from splitlearn.client.grpc_transport import delete_run
+from splitlearn.client.calls import delete_run
 from splitlearn.testing import tiny_model
 
 STEPS, SAMPLE_EVERY, GENERATE_EVERY, EVALUATE_EVERY, SAVE_EVERY, SECOND_RUN_EVERY = (

@@ -142,7 +142,7 @@ class WireLimits(Settings):
     max_message_bytes: PositiveInt = 512 * MIB
     """Largest step or answer, over all its chunks."""
     chunk_bytes: PositiveInt = MIB
-    """A larger message is sent in pieces of this size."""
+    """A larger message is sent in pieces of this size; below 4 KiB, one of at most 4,096 pieces."""
     lanes: Annotated[int, Field(ge=1, le=16)] = 4
     """Connections that one stream spreads its large messages over; 1 for all on one."""
     max_rows: PositiveInt = 1024

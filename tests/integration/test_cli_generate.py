@@ -76,7 +76,7 @@ def test_a_seed_samples_what_the_whole_model_samples(splitlearn, trunk, model_fo
 
 
 def test_no_session_is_left_on_the_trunk(splitlearn, trunk, model_folder):
-    from splitlearn.client.grpc_transport import describe
+    from splitlearn.client.calls import describe
 
     splitlearn("generate", model_folder, "--trunk", trunk.address, "--prompt", PROMPT)
     assert describe(trunk.address, 10).sessions == 0

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from splitlearn.cli.main import app
 from splitlearn.cli.trunk_process import TrunkProcess
-from splitlearn.client.grpc_transport import list_runs
+from splitlearn.client.calls import list_runs
 from splitlearn.testing.tiny import tiny_whole
 from splitlearn.training.tokens import IGNORED
 

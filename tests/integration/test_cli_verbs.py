@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from splitlearn.cli.demo_model import GGUF_FILE, WHEEL, bundled_model
 from splitlearn.cli.trunk_process import TrunkProcess
-from splitlearn.client.grpc_transport import list_runs
+from splitlearn.client.calls import list_runs
 from splitlearn.testing.tiny import tiny_whole
 
 pytestmark = pytest.mark.timeout(300)  # several processes, each of which loads torch

@@ -1,7 +1,9 @@
 """Large tensors over several connections give the same numbers; a connection that breaks is made anew."""
 
+import asyncio
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,14 @@ import torch
 from peft import LoraConfig
 
 from splitlearn.client import step_stream
+from splitlearn.config import ClientConfig
+from splitlearn.errors import StepTimeout
+from splitlearn.server import lanes as lanes_of_server
 from splitlearn.testing.gradients import adapted, furthest, gradients_of_split, gradients_of_whole
 from splitlearn.testing.pair import Pair, lively_model, served_pair
+from splitlearn.vocabulary import StepKey
 from splitlearn.wire import frames
+from splitlearn.wire.checksum import checksum_of
 from splitlearn.wire.chunks import CHUNK_OF, Pieces
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 
@@ -89,6 +96,126 @@ def test_after_a_lane_broke_the_next_step_is_right_over_new_ones(pair: Pair) -> 
     assert stream.is_broken
     assert same_logits(pair)
     assert lanes(pair) == [2]
+
+
+def bulk(pair: Pair) -> Any:
+    """The stream that has lanes."""
+    return next(stream for stream in pair.split.trunk.transport._streams.values() if len(stream._lanes) > 1)
+
+
+def until(true: Callable[[], bool]) -> bool:
+    end = time.monotonic() + DEADLINE_S
+    while not true() and time.monotonic() < end:
+        time.sleep(0.01)
+    return true()
+
+
+def noted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The client's lanes from now on, as they are made."""
+    made, begin = [], step_stream.Lane.__init__
+
+    def init(lane: Any, *args: Any) -> None:
+        begin(lane, *args)
+        made.append(lane)
+
+    monkeypatch.setattr(step_stream.Lane, "__init__", init)
+    return made
+
+
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With further lanes, not with the stream itself."""
+    honest = step_stream.Lane.greet
+
+    def greet(lane: Any, hello: pb.Hello, timeout_s: float) -> pb.Welcome:
+        return honest(lane, hello, 0.5 if hello.lane_of else timeout_s)
+
+    monkeypatch.setattr(step_stream.Lane, "greet", greet)
+
+
+def test_a_lane_whose_welcome_is_late_is_done_without_and_ends_in_order(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late, made, warned = threading.Event(), noted(monkeypatch), []
+    honest = lanes_of_server.Lane.messages
+
+    async def slow(lane: Any, requests: Any) -> AsyncIterator[Any]:
+        lane._stream.lanes.add(lane)
+        while not late.is_set():
+            await asyncio.sleep(0.01)
+        async for message in honest(lane, requests):
+            yield message
+
+    monkeypatch.setattr(lanes_of_server.Lane, "messages", slow)
+    monkeypatch.setattr(step_stream.log, "warning", lambda event, **facts: warned.append(facts))
+    impatient(monkeypatch)
+    assert same_logits(pair)
+    *_, lane = made
+    stream = bulk(pair)
+    assert [each["reason"] for each in warned if each["reason"]]
+    late.set()
+    assert until(lambda: not lane._reader.is_alive())
+    assert lane.ended_in_order
+    assert until(lambda: lanes(pair) == [])
+    assert same_logits(pair)
+    assert not stream.is_broken
+    assert stream._lanes == stream._lanes[:1]
+
+
+def test_a_lane_whose_welcome_never_comes_ends_with_its_stream(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = noted(monkeypatch)
+
+    async def mute(lane: Any, requests: Any) -> AsyncIterator[Any]:
+        await asyncio.sleep(3600)
+        yield pb.ServerMessage()
+
+    monkeypatch.setattr(lanes_of_server.Lane, "messages", mute)
+    impatient(monkeypatch)
+    assert same_logits(pair)
+    *_, lane = made
+    assert lane._reader.is_alive()
+    pair.split.close()
+    assert until(lambda: not lane._reader.is_alive())
+
+
+def test_a_close_that_overtakes_the_opening_of_its_session_closes_it(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part of the opening is held up on a lane until its caller has given up."""
+    holding, held, given_up = threading.Event(), threading.Event(), threading.Event()
+    honest = step_stream.Lane._requests
+    further: list[Any] = []
+
+    def requests(lane: Any) -> Iterator[Any]:
+        for each in honest(lane):
+            if holding.is_set() and isinstance(each, bytes):
+                if lane in further:
+                    held.set()
+                    given_up.wait(DEADLINE_S)
+                else:
+                    held.wait(DEADLINE_S)
+            yield each
+
+    monkeypatch.setattr(step_stream.Lane, "_requests", requests)
+    assert same_logits(pair)
+    further.append(bulk(pair)._lanes[1])
+    ran = pair.engine.ran.batches
+    pair.split.trunk._config = ClientConfig(decode_s=1.0)
+    holding.set()
+    with pytest.raises(StepTimeout, match="decode_s, prefill_s"), torch.no_grad():
+        pair.split(IDS, use_cache=True)
+    given_up.set()
+    assert until(lambda: pair.engine.ran.batches > ran), "the opening arrived after all"
+    assert until(lambda: pair.engine.open_sessions == 0)
+    assert not bulk(pair).is_broken
+
+
+def test_a_training_step_that_is_late_names_its_own_deadline(pair: Pair) -> None:
+    stream = pair.split.trunk.transport._stream("bulk")
+    step = pb.ClientMessage(chunk=pb.Chunk(number=1, data=b"x", total_bytes=9, checksum=checksum_of(b"x")))
+    with pytest.raises(StepTimeout, match="train_s"):
+        stream._ask(StepKey(run=1, step=1), step, 0.1)
 
 
 @pytest.mark.parametrize("is_head", [True, False], ids=["of the message", "of the tensor"])

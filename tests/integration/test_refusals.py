@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from splitlearn import AutoSplitModelForCausalLM, TrunkServer
 from splitlearn.cli.trunk_process import TrunkProcess
 from splitlearn.client import grpc_transport
+from splitlearn.client.calls import describe
 from splitlearn.errors import (
     CorruptFrame,
     KvBudgetExceeded,
@@ -31,7 +32,7 @@ from splitlearn.errors import (
     TrunkUnreachable,
     UnsupportedCall,
 )
-from splitlearn.server import client_stream
+from splitlearn.server import answers
 from splitlearn.testing.pair import Pair, lively_model, served_pair
 
 DEADLINE_S = 30.0
@@ -318,7 +319,7 @@ class Tamper:
 
 @pytest.mark.parametrize(
     ("where", "name"),
-    [(grpc_transport, "step_to_proto"), (client_stream, "answer_to_proto")],
+    [(grpc_transport, "step_to_proto"), (answers, "answer_to_proto")],
     ids=["to the server", "to the client"],
 )
 def test_bytes_that_change_on_the_way(
@@ -396,7 +397,7 @@ def test_a_server_that_hangs_is_given_up_at_the_deadline_and_used_again_after(fo
             os.kill(server.id, signal.SIGCONT)
         assert torch.equal(write_on_a_thread(split), before)
         # Not even the session that was opened after its client had given up.
-        assert until(lambda: grpc_transport.describe(server.address, DEADLINE_S).sessions == 0)
+        assert until(lambda: describe(server.address, DEADLINE_S).sessions == 0)
         split.close()
 
 

@@ -1,7 +1,9 @@
 """What a hostile or broken client sends is answered with its typed error, and nobody else notices."""
 
+import gc
 import math
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from threading import Thread
@@ -14,13 +16,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from splitlearn.client.lane import STEPS
 from splitlearn.config import WireLimits
+from splitlearn.server.client_stream import ClientStream
 from splitlearn.testing.pair import Pair, lively_model, served_pair
 from splitlearn.testing.parity import read_in_pieces
 from splitlearn.vocabulary import Precision, Role, StepKey
 from splitlearn.wire.assembly import ChunkAssembly
 from splitlearn.wire.checksum import checksum_of
-from splitlearn.wire.chunks import Pieces
+from splitlearn.wire.chunks import CHUNK_OF, Pieces
 from splitlearn.wire.frames import FrameFormat, encode_frame
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.generated import splitlearn_pb2_grpc as rpc
@@ -54,12 +58,12 @@ class Wire:
         self.client = client or secrets.token_bytes(16)
         self._channel = grpc.insecure_channel(address)
         stub = rpc.TrunkStub(self._channel)
-        fingerprint = stub.Describe(pb.DescribeRequest(), timeout=DEADLINE_S).fingerprint
+        self.fingerprint = stub.Describe(pb.DescribeRequest(), timeout=DEADLINE_S).fingerprint
         self._outgoing: SimpleQueue[pb.ClientMessage | None] = SimpleQueue()
         self._incoming: SimpleQueue[Any] = SimpleQueue()
         self._call = stub.Steps(iter(self._outgoing.get, None))
         Thread(target=self._read, daemon=True).start()
-        greeting = hello(identity_from_proto(fingerprint), self.client, Precision(), checksum=True)
+        greeting = hello(identity_from_proto(self.fingerprint), self.client, Precision(), checksum=True)
         greeting.lane_of = lane_of
         self.first = self.ask(pb.ClientMessage(hello=greeting))
 
@@ -469,6 +473,24 @@ def test_a_stream_has_no_more_lanes_than_the_server_allows(pair: Pair, wire: Wir
         lane.close()
 
 
+def test_a_close_behind_the_pieces_of_an_opening_closes_it_whichever_came_first(
+    pair: Pair, wire: Wire
+) -> None:
+    """It comes over each connection, behind what that one carries."""
+    lane = Wire(pair.server.address, wire.client, lane_of=wire.first.welcome.ticket)
+    close = pb.ClientMessage(close=pb.CloseSession(session=6))
+    opened = pair.engine.open_sessions
+    pieces = pieces_of(pb.ClientMessage(step=opening(session=6)), 50)
+    for each in (*pieces[0::2], close, pb.ClientMessage(step=opening(session=7))):
+        wire._outgoing.put(each)
+    assert wire._incoming.get(timeout=DEADLINE_S).answer.key.session == 7
+    for each in (*pieces[1::2], close):
+        lane._outgoing.put(each)
+    assert wire._incoming.get(timeout=DEADLINE_S).answer.key.session == 6
+    assert until(lambda: pair.engine.open_sessions == opened + 1)
+    lane.close()
+
+
 def test_a_lane_carries_pieces_only(wire: Wire, pair: Pair) -> None:
     lane = Wire(pair.server.address, wire.client, lane_of=wire.first.welcome.ticket)
     lane._outgoing.put(pb.ClientMessage(step=opening()))
@@ -483,6 +505,75 @@ def test_a_lane_that_breaks_ends_its_stream_and_nobody_elses(pair: Pair, wire: W
     assert wire._incoming.get(timeout=DEADLINE_S).error.code == pb.CORRUPT_FRAME
     assert not honest.step(opening()).HasField("error")
     honest.close()
+
+
+def test_a_lane_that_is_never_read_does_not_fill_the_server(pair: Pair, wire: Wire) -> None:
+    """It holds the one answer that it has a piece of; the others leave without it."""
+    greeting = hello(identity_from_proto(wire.fingerprint), wire.client, Precision(), checksum=True)
+    greeting.lane_of = wire.first.welcome.ticket
+    narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16)]
+    with grpc.insecure_channel(pair.server.address, options=narrow) as channel:
+        outgoing: SimpleQueue[Any] = SimpleQueue()
+        outgoing.put(pb.ClientMessage(hello=greeting))
+        unread = rpc.TrunkStub(channel).Steps(iter(outgoing.get, None))
+        assert next(unread).HasField("welcome")
+        for number in range(1, 31):
+            step = step_to_proto(StepMessage(StepKey(step=number), activation(5, 90)), RAW)
+            for each in pieces_of(pb.ClientMessage(step=step), LIMITS.chunk_bytes):
+                each.chunk.number = number
+                wire._outgoing.put(each)
+            little = step_to_proto(StepMessage(StepKey(step=100 + number), activation()), RAW)
+            answer = wire.ask(pb.ClientMessage(step=little)).answer
+            while answer.key.step != 100 + number:
+                answer = wire._incoming.get(timeout=DEADLINE_S).answer
+        assert until(lambda: len(answers_in_pieces()) <= 1, 5.0)
+        outgoing.put(None)
+
+
+def until(true: Callable[[], bool], deadline_s: float = DEADLINE_S) -> bool:
+    end = time.monotonic() + deadline_s
+    while not true() and time.monotonic() < end:
+        time.sleep(0.01)
+    return true()
+
+
+def answers_in_pieces() -> list[Pieces]:
+    """Those that the server in this process holds."""
+    return [
+        each
+        for each in gc.get_objects()
+        if type(each) is Pieces and each._chunk_of == CHUNK_OF[pb.ServerMessage]
+    ]
+
+
+@pytest.mark.parametrize("over", ["a lane", "the stream"])
+def test_what_the_server_fails_to_take_ends_the_stream(
+    pair: Pair, wire: Wire, monkeypatch: pytest.MonkeyPatch, over: str
+) -> None:
+    """... and whoever waits for an answer learns so before the deadline."""
+    lane = Wire(pair.server.address, wire.client, lane_of=wire.first.welcome.ticket)
+
+    async def fail(stream: ClientStream, piece: pb.Chunk) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(ClientStream, "_take_piece", fail)
+    sender = lane if over == "a lane" else wire
+    sender._outgoing.put(piece(b"x"))
+    assert wire._incoming.get(timeout=DEADLINE_S).error.code == pb.TRUNK_FAILED
+    lane.close()
+
+
+def test_what_is_no_message_at_all_ends_the_stream(pair: Pair, wire: Wire) -> None:
+    greeting = hello(
+        identity_from_proto(wire.fingerprint), secrets.token_bytes(16), Precision(), checksum=True
+    )
+    sent = iter([pb.ClientMessage(hello=greeting).SerializeToString(), b"\xff" * 10])
+    with grpc.insecure_channel(pair.server.address) as channel:
+        call = channel.stream_stream(
+            STEPS, request_serializer=None, response_deserializer=pb.ServerMessage.FromString
+        )
+        _, error = call(sent, timeout=DEADLINE_S)
+        assert error.error.code == pb.MESSAGE
 
 
 def test_an_answer_larger_than_a_piece_comes_in_pieces(wire: Wire) -> None:

@@ -9,7 +9,7 @@ import pytest
 from splitlearn import TrunkServer
 from splitlearn.bench.load_worker import Tally, drive
 from splitlearn.bench.replayed_session import Replay, ReplayedSession
-from splitlearn.client.grpc_transport import describe
+from splitlearn.client.calls import describe
 from splitlearn.errors import SplitMismatch, TrunkUnreachable
 
 PROMPT, TEXT, LEASE_S = 3, 16, 1.0

@@ -10,7 +10,7 @@ from typing import Any
 from splitlearn.bench.batches import Answered, steps_per_batch
 from splitlearn.bench.latencies import Latencies, Percentiles
 from splitlearn.bench.worker import Worker, all_do, workers
-from splitlearn.client.grpc_transport import describe
+from splitlearn.client.calls import describe
 from splitlearn.config import ClientConfig
 from splitlearn.errors import SettingError
 

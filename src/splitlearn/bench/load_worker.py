@@ -12,7 +12,7 @@ from splitlearn.bench.batches import Answered
 from splitlearn.bench.latencies import Latencies
 from splitlearn.bench.replayed_session import Replay, ReplayedSession
 from splitlearn.bench.worker import do_as_told
-from splitlearn.client.grpc_transport import describe
+from splitlearn.client.calls import describe
 from splitlearn.config import ClientConfig
 from splitlearn.errors import SplitLearnError, TrunkUnreachable
 from splitlearn.wire.generated import splitlearn_pb2 as pb

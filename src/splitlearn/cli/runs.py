@@ -26,7 +26,7 @@ def runs(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of the table.")] = False,
 ) -> None:
     """The trainings that a server holds; `--delete` removes one."""
-    from splitlearn.client.grpc_transport import delete_run, list_runs
+    from splitlearn.client.calls import delete_run, list_runs
 
     timeout_s = ClientConfig().connect_s
     if delete is not None:

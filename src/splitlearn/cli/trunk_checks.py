@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from splitlearn.cli.checks import Check, failed, ok, skipped
 from splitlearn.cli.sizes import show_bytes
-from splitlearn.client.grpc_transport import describe
+from splitlearn.client.calls import describe
 from splitlearn.config import ClientConfig
 from splitlearn.errors import SplitLearnError
 from splitlearn.model.checkpoint import Checkpoint

@@ -41,7 +41,7 @@ def verify(
     from splitlearn.cli.parity import Pair, attempt, parity_checks, tolerance_of
     from splitlearn.cli.text import load_tokenizer, prompt_inputs
     from splitlearn.cli.whole_model import load_whole
-    from splitlearn.client.grpc_transport import delete_run, describe
+    from splitlearn.client.calls import delete_run, describe
     from splitlearn.client.split_model import AutoSplitModelForCausalLM
 
     inputs = prompt_inputs(load_tokenizer(model), prompt)

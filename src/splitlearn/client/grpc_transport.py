@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import grpc
 from torch import Tensor
 
-from splitlearn.client.grpc_errors import error_of
+from splitlearn.client.calls import calling, open_channel
 from splitlearn.client.step_stream import StepStream
 from splitlearn.client.transport import Traffic
 from splitlearn.config import ClientConfig
 from splitlearn.errors import CorruptFrame, SettingError, StepTimeout, TrunkUnreachable
 from splitlearn.vocabulary import Phase, Precision, StepKey
 from splitlearn.wire.adapters import adapter_from_parts, adapter_to_parts
-from splitlearn.wire.chunks import STREAM_OPTIONS
 from splitlearn.wire.frames import FrameFormat
 from splitlearn.wire.generated import splitlearn_pb2 as pb
-from splitlearn.wire.generated import splitlearn_pb2_grpc as rpc
 from splitlearn.wire.handshake import (
     CLIENT_ID_BYTES,
     Agreement,
     ModelIdentity,
     agreement,
-    facts_from_proto,
     hello,
 )
 from splitlearn.wire.messages import (
@@ -39,7 +34,6 @@ from splitlearn.wire.messages import (
     RunFacts,
     RunStepMessage,
     StepMessage,
-    TrunkFacts,
 )
 from splitlearn.wire.runs import facts_from_proto as run_facts_from_proto
 from splitlearn.wire.runs import open_run_to_proto
@@ -49,38 +43,6 @@ from splitlearn.wire.steps import answer_from_proto, fork_to_proto, run_step_to_
 SMALL, BULK = "small", "bulk"
 ASK_AGAIN = 2
 Answered = TypeVar("Answered")
-
-
-def describe(address: str, timeout_s: float) -> TrunkFacts:
-    """What the trunk at this address says of itself.
-
-    Raises:
-        TrunkUnreachable, NotATrunk: nobody answers there, or somebody else does.
-    """
-    with _calling(address, ClientConfig()) as trunk:
-        return facts_from_proto(trunk.Describe(pb.DescribeRequest(), timeout=timeout_s))
-
-
-def list_runs(address: str, timeout_s: float) -> list[RunFacts]:
-    """The runs of the server at this address: those that are open, and those that are only on its disk.
-
-    Raises:
-        TrunkUnreachable, NotATrunk: nobody answers there, or somebody else does.
-    """
-    request = pb.ListRunsRequest(client=secrets.token_bytes(CLIENT_ID_BYTES))
-    with _calling(address, ClientConfig()) as trunk:
-        return [run_facts_from_proto(run) for run in trunk.ListRuns(request, timeout=timeout_s).runs]
-
-
-def delete_run(address: str, name: str, timeout_s: float) -> int:
-    """Have the server forget a run, its checkpoints too; the bytes that this frees on its disk.
-
-    Raises:
-        RunLost: there is none of this name; TrunkUnreachable, NotATrunk: as `list_runs`.
-    """
-    request = pb.RunRequest(name=name, client=secrets.token_bytes(CLIENT_ID_BYTES))
-    with _calling(address, ClientConfig()) as trunk:
-        return int(trunk.DeleteRun(request, timeout=timeout_s).freed_bytes)
 
 
 class GrpcTransport:
@@ -163,7 +125,7 @@ class GrpcTransport:
 
     def download_adapter(self, name: str) -> AdapterMessage:
         request = pb.AdapterRequest(name=name, client=self._client)
-        with _calling(self.address, self._config) as trunk:
+        with calling(self.address, self._config) as trunk:
             parts = trunk.DownloadAdapter(request, timeout=self._config.train_s)
             return adapter_from_parts(parts, self._config.limits.max_message_bytes)
 
@@ -180,7 +142,7 @@ class GrpcTransport:
         self._sessions.add(message.into)
 
     def close_session(self, message: CloseMessage) -> None:
-        """On every connection, so that it comes after the session's opening wherever that went."""
+        """On every connection, lanes too, so that it comes after the session's opening wherever that went."""
         self._sessions.discard(message.session)
         close = pb.CloseSession(session=message.session, incarnation=message.incarnation)
         for stream in tuple(self._streams.values()):
@@ -235,7 +197,7 @@ class GrpcTransport:
 
     def _call(self, name: str, request: Any) -> Any:
         """A unary call, on a connection of its own: they are rare."""
-        with _calling(self.address, self._config) as trunk:
+        with calling(self.address, self._config) as trunk:
             return getattr(trunk, name)(request, timeout=self._config.train_s)
 
     @property
@@ -256,7 +218,9 @@ class GrpcTransport:
 
     def _connect(self) -> StepStream:
         config = self._config
-        stream = StepStream(lambda: _channel(self.address, config), self.address, config.limits, self.traffic)
+        stream = StepStream(
+            lambda: open_channel(self.address, config), self.address, config.limits, self.traffic
+        )
         try:
             stream.keep_to(self._greet(stream))
         except BaseException:
@@ -287,30 +251,3 @@ def _unless_corrupt(ask: Callable[[], Answered]) -> Answered:
             if not attempts_left:
                 raise
     raise AssertionError("the last attempt returns or raises")
-
-
-@contextmanager
-def _calling(address: str, config: ClientConfig) -> Iterator[Any]:
-    """The trunk's calls, on a connection of their own; an error of gRPC becomes the server's, or ours."""
-    with _channel(address, config) as channel:
-        try:
-            yield rpc.TrunkStub(channel)
-        except grpc.RpcError as error:
-            raise error_of(error, address) from None
-
-
-def _channel(address: str, config: ClientConfig) -> grpc.Channel:
-    return grpc.insecure_channel(
-        address,
-        options=[
-            # The server cuts its messages into pieces of its own choice.
-            ("grpc.max_receive_message_length", config.limits.max_message_bytes),
-            ("grpc.max_send_message_length", -1),
-            *STREAM_OPTIONS,
-            # One TCP connection a channel: bulk transfers do not hold up decode steps.
-            ("grpc.use_local_subchannel_pool", 1),
-            ("grpc.keepalive_time_ms", 30_000),
-            ("grpc.keepalive_timeout_ms", 10_000),
-            ("grpc.keepalive_permit_without_calls", 1),
-        ],
-    )

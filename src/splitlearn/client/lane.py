@@ -43,6 +43,9 @@ class Lane:
         self._outgoing: SimpleQueue[Outgoing | None] = SimpleQueue()
         self._welcome: Future[pb.Welcome] = Future()
         self._call: Any = None
+        self._is_cancelled = self._is_finished = False
+        self.has_welcome = False
+        """Whether the server knows this lane."""
         self.ended_in_order = False
         """Whether the server sent all that it had for this lane, and then ended it."""
         self._reader = threading.Thread(target=self._read, name="splitlearn answers", daemon=True)
@@ -58,14 +61,22 @@ class Lane:
             STEPS, request_serializer=serialize, response_deserializer=deserialize_server
         )
         self._call = begin(self._requests())
+        if self._is_cancelled:
+            self._call.cancel()
         self._reader.start()
         return self._welcome.result(timeout_s)
+
+    @property
+    def takes_messages(self) -> bool:
+        """Whether what is sent now leaves."""
+        return self.has_welcome and not self._is_finished
 
     def send(self, outgoing: Outgoing) -> None:
         self._outgoing.put(outgoing)
 
     def finish(self) -> None:
-        """Say that nothing more is sent."""
+        """Say that nothing more is sent: the server then ends the lane in order, behind what it has sent."""
+        self._is_finished = True
         self._outgoing.put(None)
 
     def join(self, timeout_s: float) -> None:
@@ -75,7 +86,8 @@ class Lane:
             self._reader.join(timeout_s)
 
     def cancel(self) -> None:
-        """End the lane at once, whatever is on its way."""
+        """End the lane at once, whatever is on its way; one that has not begun yet, when it does."""
+        self._is_cancelled = True
         if self._call is not None:
             self._call.cancel()
 
@@ -94,7 +106,7 @@ class Lane:
             self.ended_in_order = True
             self._end(TrunkUnreachable(f"{self._address} ended the connection: is the server still running?"))
         except grpc.RpcError as error:
-            self._end(error_of(error, self._address, connected=self._welcome.done()))
+            self._end(error_of(error, self._address, connected=self.has_welcome))
         except SplitLearnError as error:
             self._end(error)
         except Exception as error:
@@ -106,14 +118,15 @@ class Lane:
             self._channel.close()
 
     def _receive(self, message: Incoming) -> None:
-        if self._welcome.done():
+        if self.has_welcome:
             self._take(message)
         elif isinstance(message, pb.ServerMessage) and message.HasField("welcome"):
+            self.has_welcome = True
             self._welcome.set_result(message.welcome)
         else:
             raise MessageError(f"{self._address} does not begin with a welcome: is it a SplitLearn server?")
 
     def _end(self, error: SplitLearnError) -> None:
-        if not self._welcome.done():
+        if not self.has_welcome:
             self._welcome.set_exception(error)
         self._ended(self, error)

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from splitlearn.client import adapter_files
 from splitlearn.client.call_context import watch
+from splitlearn.client.calls import describe
 from splitlearn.client.decode_graphs import ClientGraphs, takes_positions
-from splitlearn.client.grpc_transport import GrpcTransport, describe
+from splitlearn.client.grpc_transport import GrpcTransport
 from splitlearn.client.remote_trunk import RemoteTrunk
 from splitlearn.client.training import prepare_training
 from splitlearn.client.transport import Transport

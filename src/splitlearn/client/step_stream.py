@@ -102,22 +102,35 @@ class StepStream:
         return forked
 
     def tell(self, message: pb.ClientMessage) -> None:
-        """Send without waiting for anything; on a stream that broke there is nobody to tell."""
+        """Send behind all that was sent, without waiting; on a stream that broke there is nobody to tell.
+
+        Over every lane, so that it comes after the last piece, whichever brings that. Takes no lock: the
+        garbage collector may call this at any place.
+        """
         if not self.is_broken:
-            self._lanes[0].send(message)
+            for lane in self._open_lanes():
+                lane.send(message)
 
     def close(self, *, wait: bool) -> None:
         """End the stream; with `wait` once the server has read what was told."""
-        for lane in tuple(self._lanes):
-            lane.finish()
+        self._finish()
         if wait:
             self._lanes[0].join(CLOSE_S)
         self._break(TrunkUnreachable(f"the connection to {self._address} was closed here"))
+        # Those that were being opened meanwhile; there are no further ones now.
+        self._finish()
 
     def cancel(self) -> None:
         """End the stream at once, whatever is on its way."""
         for lane in tuple(self._lanes):
             lane.cancel()
+
+    def _finish(self) -> None:
+        for lane in tuple(self._lanes):
+            if lane.has_welcome:
+                lane.finish()
+            else:
+                lane.cancel()
 
     @property
     def is_broken(self) -> bool:
@@ -138,14 +151,14 @@ class StepStream:
             if self._broken is not None:
                 raise self._broken.again()
             self._waiting[name] = future
-            for lane in self._lanes if isinstance(outgoing, Pieces) else self._lanes[:1]:
+            for lane in self._open_lanes() if isinstance(outgoing, Pieces) else self._lanes[:1]:
                 lane.send(outgoing)
         try:
             return future.result(timeout_s)
         except TimeoutError:
             raise StepTimeout(
                 f"{self._address} did not answer within {timeout_s:g} s: it may be overloaded or cut off; "
-                "try again, or allow more time (decode_s, prefill_s)"
+                f"try again, or allow more time ({_deadline_of(name)})"
             ) from None
         finally:
             with self._lock:
@@ -183,12 +196,29 @@ class StepStream:
             hello = joining(self._hello, self.agreement.ticket)
             try:
                 for _ in range(1, self._limits.lanes):
-                    lane = self._new_lane()
-                    lane.greet(hello, self._greet_s)
-                    with self._lock:
-                        self._lanes.append(lane)
+                    self._open_lane(hello)
             except (SplitLearnError, TimeoutError) as error:
-                log.warning("fewer connections for large tensors", lanes=len(self._lanes), reason=str(error))
+                reason = str(error) or f"no welcome within {self._greet_s:g} s"
+                log.warning(
+                    "fewer connections for large tensors", lanes=len(self._open_lanes()), reason=reason
+                )
+
+    def _open_lane(self, hello: pb.Hello) -> None:
+        """Raises what the lane was refused with, or TimeoutError where its welcome is late."""
+        with self._lock:
+            if self._broken is not None:
+                raise self._broken.again()
+            # Before it begins: whatever ends the stream meanwhile ends it too. Nothing is sent on it yet.
+            self._lanes.append(lane := self._new_lane())
+        try:
+            lane.greet(hello, self._greet_s)
+        except TimeoutError:
+            # Not cancelled: the server may know it by now, and what it puts on it is read until it ends.
+            lane.finish()
+            raise
+
+    def _open_lanes(self) -> list[Lane]:
+        return [lane for lane in tuple(self._lanes) if lane.takes_messages]
 
     def _new_lane(self) -> Lane:
         return Lane(self._open_channel(), self._address, self._take, self._lane_ended)
@@ -233,11 +263,15 @@ class StepStream:
     def _lane_ended(self, lane: Lane, error: SplitLearnError) -> None:
         """What it carried is lost, and nobody knows of which messages: the whole stream ends.
 
+        A lane without a welcome carried nothing that this side sent; the server knows what it put on it.
         Where the server ended a further lane in order it has ended the stream, whose own lane says why.
         """
-        if lane is self._lanes[0] or (lane in self._lanes and not lane.ended_in_order):
+        if lane is self._lanes[0] or (lane.has_welcome and not lane.ended_in_order):
             self._break(error)
             self.cancel()
+        else:
+            with self._lock:
+                self._lanes.remove(lane)
 
     def _break(self, error: SplitLearnError) -> None:
         with self._lock:
@@ -245,6 +279,11 @@ class StepStream:
             waiting, self._waiting = list(self._waiting.values()), {}
         for future in waiting:
             future.set_exception(error.again())
+
+
+def _deadline_of(name: StepKey | int) -> str:
+    """The settings that say how long an answer to this may take."""
+    return "train_s" if isinstance(name, StepKey) and name.run else "decode_s, prefill_s"
 
 
 def _tensor_bytes(message: pb.ClientMessage | pb.ServerMessage) -> int:

@@ -10,17 +10,18 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import count
 
-import structlog
 from torch import Tensor
 
 from splitlearn.config import ServerConfig
 from splitlearn.engine.checkpoint import RunStore
 from splitlearn.engine.engine import Engine
-from splitlearn.errors import CorruptFrame, MessageError, SplitLearnError, TrunkFailed
+from splitlearn.errors import CorruptFrame, MessageError, SplitLearnError
 from splitlearn.server.admission import Admission
+from splitlearn.server.answers import encoded, failed, forked, is_quick, or_failed
 from splitlearn.server.egress import Egress
 from splitlearn.server.facts import facts_of
-from splitlearn.server.lanes import Lane
+from splitlearn.server.lanes import Lane, reason
+from splitlearn.server.outbox import Content, Exit, Outbox
 from splitlearn.vocabulary import CodecId
 from splitlearn.wire.assembly import CORRUPT, ChunkAssembly, Whole, parse
 from splitlearn.wire.chunks import Piece, Pieces
@@ -29,21 +30,12 @@ from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.handshake import ModelIdentity, welcome
 from splitlearn.wire.messages import AnswerMessage, RunStepMessage, StepMessage
 from splitlearn.wire.status import error_to_proto
-from splitlearn.wire.steps import (
-    answer_to_proto,
-    close_from_proto,
-    fork_from_proto,
-    run_step_from_proto,
-    step_from_proto,
-)
+from splitlearn.wire.steps import close_from_proto, fork_from_proto, run_step_from_proto, step_from_proto
 
-log = structlog.get_logger("splitlearn.server")
 HELLO_S = 10.0
 TICKET_BYTES = 16
 Decoded = StepMessage | RunStepMessage | SplitLearnError
 Requests = AsyncIterator[pb.ClientMessage | Piece]
-Outgoing = Pieces | list[pb.ServerMessage]
-QUICK_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +78,7 @@ class ClientStream:
         self._hall = hall
         self._limits = hall.config.limits
         self._loop = asyncio.get_running_loop()
-        self._outbox: asyncio.Queue[_Sent | None] = asyncio.Queue()
+        self.outbox = Outbox(self._settle)
         self._numbers = count(1)
         self._room = asyncio.Semaphore(hall.config.max_unanswered)
         self._all_read = False
@@ -106,21 +98,19 @@ class ClientStream:
         """What goes back to the client, from its welcome to its last answer."""
         self._hall.streams.add(self)
         reader = asyncio.create_task(self._read(requests))
+        exit = Exit(self.outbox)
         try:
             yield pb.ServerMessage(welcome=self._welcome)
-            while (outgoing := await self._outbox.get()) is not None:
-                for message in outgoing.content:
-                    yield message
-                if outgoing.was_owed:
-                    self._settle()
+            while (outgoing := await exit.take()) is not None:
+                yield outgoing
         finally:
             reader.cancel()
             self._leave()
 
     def end(self, error: SplitLearnError) -> None:
         """Say why, and nothing more."""
-        self._outbox.put_nowait(_Sent([pb.ServerMessage(error=error_to_proto(error))], was_owed=False))
-        self._outbox.put_nowait(None)
+        self.outbox.put(pb.ServerMessage(error=error_to_proto(error)), is_answer=False)
+        self.outbox.end()
 
     def _greet(self, hello: pb.Hello) -> pb.Welcome:
         hall = self._hall
@@ -146,24 +136,25 @@ class ClientStream:
     async def _read(self, requests: Requests) -> None:
         try:
             async for message in requests:
-                await self._take(message)
-        except SplitLearnError as error:
+                await self.take(message)
+        except Exception as error:
             # What follows on this stream can no longer be told apart.
-            self.end(error)
+            self.end(reason(error))
         finally:
             self._all_read = True
             self._close_if_done()
 
-    async def _take(self, message: pb.ClientMessage | Piece) -> None:
+    async def take(self, message: pb.ClientMessage | Piece) -> None:
+        """From this stream's own connection or from a lane, in the order of each."""
         if isinstance(message, Piece):
-            await self.take_piece(message)
+            await self._take_piece(message)
             return
         match message.WhichOneof("content"):
             case "step":
                 await self._owe()
                 self._submit(message.step, self._decode(message.step))
             case "chunk":
-                await self.take_piece(message.chunk)
+                await self._take_piece(message.chunk)
             case "fork":
                 await self._owe()
                 self._fork(message.fork)
@@ -172,7 +163,7 @@ class ClientStream:
             case other:
                 raise MessageError(f"a client's message of kind {other} has no place here")
 
-    async def take_piece(self, piece: pb.Chunk | Piece) -> None:
+    async def _take_piece(self, piece: pb.Chunk | Piece) -> None:
         """A large message's last piece: it is parsed and decoded beside the loop that serves the others."""
         if (whole := self._assembly.add(piece)) is None:
             return
@@ -199,7 +190,7 @@ class ClientStream:
 
     def _submit(self, proto: pb.Step, decoded: Decoded) -> None:
         if isinstance(decoded, SplitLearnError):
-            self._deliver([_failed(proto.key, decoded)])
+            self._deliver(failed(proto.key, decoded))
             return
         format = FrameFormat(CodecId(proto.activation.codec), self._checksum)
         future = self._hall.engine.submit(self.client, decoded)
@@ -208,31 +199,31 @@ class ClientStream:
     def _send(self, done: Future[AnswerMessage], format: FrameFormat, key: pb.StepKey) -> None:
         """On the engine's thread: hand over at once."""
         answer = done.result()
-        is_quick = _is_quick(answer)
+        quick = is_quick(answer)
 
-        def encode() -> Outgoing:
-            into = format if is_quick else format.apart_if_large()
-            message = pb.ServerMessage(answer=_encoded(answer, into))
+        def encode() -> Content:
+            into = format if quick else format.apart_if_large()
+            message = encoded(answer, into)
             return self._in_pieces(message, into.apart[0] if into.apart else None)
 
-        if is_quick:
+        if quick:
             # Encoded where it is sent: waking one more thread would take longer.
-            self._call(lambda: self._deliver(_or_failed(encode, key)))
+            self._call(lambda: self._deliver(or_failed(encode, key)))
         else:
-            self._hall.egress.do(lambda: self._hand_over(_or_failed(encode, key)))
+            self._hall.egress.do(lambda: self._hand_over(or_failed(encode, key)))
 
     def _fork(self, proto: pb.ForkSession) -> None:
         try:
             future = self._hall.engine.fork(self.client, fork_from_proto(proto))
         except SplitLearnError as error:
-            self._deliver([_forked(proto.into, error)])
+            self._deliver(forked(proto.into, error))
         else:
-            future.add_done_callback(lambda done: self._hand_over([_forked(proto.into, done.exception())]))
+            future.add_done_callback(lambda done: self._hand_over(forked(proto.into, done.exception())))
 
-    def _in_pieces(self, message: pb.ServerMessage, payload: memoryview | None) -> Outgoing:
+    def _in_pieces(self, message: pb.ServerMessage, payload: memoryview | None) -> Content:
         """Made as they leave, not all at once."""
         if payload is None and message.ByteSize() <= self._limits.chunk_bytes:
-            return [message]
+            return message
         return Pieces(
             pb.ServerMessage,
             next(self._numbers),
@@ -242,7 +233,7 @@ class ClientStream:
             checksum=self._checksum,
         )
 
-    def _hand_over(self, content: Outgoing) -> None:
+    def _hand_over(self, content: Content) -> None:
         self._call(lambda: self._deliver(content))
 
     def _call(self, work: Callable[[], None]) -> None:
@@ -250,11 +241,8 @@ class ClientStream:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(work)
 
-    def _deliver(self, content: Outgoing) -> None:
-        self._outbox.put_nowait(_Sent(content, was_owed=True))
-        if isinstance(content, Pieces):
-            for lane in self.lanes:
-                lane.send(content)
+    def _deliver(self, content: Content) -> None:
+        self.outbox.put(content, is_answer=True)
 
     async def _owe(self) -> None:
         """Wait for room: a client that does not read its answers is not read either."""
@@ -269,46 +257,4 @@ class ClientStream:
 
     def _close_if_done(self) -> None:
         if self._all_read and not self.owed:
-            self._outbox.put_nowait(None)
-
-
-@dataclass(frozen=True, slots=True)
-class _Sent:
-    content: Outgoing
-    was_owed: bool
-    """Whether an answer that the client waits for is complete with them."""
-
-
-def _is_quick(answer: AnswerMessage) -> bool:
-    """Whether there is no copy from a device to wait for, and little to write down."""
-    activation_BTD = answer.activation_BTD
-    return activation_BTD is None or (activation_BTD.is_cpu and activation_BTD.nbytes <= QUICK_BYTES)
-
-
-def _encoded(answer: AnswerMessage, format: FrameFormat) -> pb.Answer:
-    """With the time that the copy from the device and the codec took."""
-    started = time.perf_counter()
-    proto = answer_to_proto(answer, format)
-    if answer.activation_BTD is not None:
-        proto.timings.copied_us = int((time.perf_counter() - started) * 1e6)
-    return proto
-
-
-def _or_failed(encode: Callable[[], Outgoing], key: pb.StepKey) -> Outgoing:
-    """An answer that cannot be encoded is an error that can: nobody waits for what never comes."""
-    try:
-        return encode()
-    except Exception as error:
-        log.error("an answer could not be encoded", exc_info=error)
-        return [_failed(key, TrunkFailed("the answer could not be sent; the server's log has the cause"))]
-
-
-def _failed(key: pb.StepKey, error: SplitLearnError) -> pb.ServerMessage:
-    return pb.ServerMessage(answer=pb.Answer(key=key, error=error_to_proto(error)))
-
-
-def _forked(session: int, error: BaseException | None) -> pb.ServerMessage:
-    forked = pb.Forked(session=session)
-    if isinstance(error, SplitLearnError):
-        forked.error.CopyFrom(error_to_proto(error))
-    return pb.ServerMessage(forked=forked)
+            self.outbox.end()

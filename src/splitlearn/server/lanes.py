@@ -1,4 +1,4 @@
-"""Further connections of one client's stream: pieces of large messages, and nothing else."""
+"""Further connections of one client's stream: pieces of large messages, and what must come behind them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
-from splitlearn.errors import CorruptFrame, MessageError, SplitLearnError
-from splitlearn.wire.chunks import Piece, Pieces
+import structlog
+from google.protobuf.message import DecodeError
+
+from splitlearn.errors import CorruptFrame, MessageError, SplitLearnError, TrunkFailed
+from splitlearn.server.outbox import Exit
+from splitlearn.wire.chunks import Piece
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.handshake import PROTOCOL
 
 if TYPE_CHECKING:
     from splitlearn.server.client_stream import ClientStream, Requests
 
+log = structlog.get_logger("splitlearn.server")
+ON_LANES = ("chunk", "close")
 BROKE = "a connection that carried a part of a message broke: try again"
 
 
@@ -30,7 +36,7 @@ class Lane:
         if len(stream.lanes) + 1 >= max_lanes:
             raise MessageError(f"a stream has at most {max_lanes} lanes here, its own included")
         self._stream = stream
-        self._outbox: asyncio.Queue[Pieces | None] = asyncio.Queue()
+        self._exit = Exit(stream.outbox, is_lane=True)
 
     async def messages(self, requests: Requests) -> AsyncIterator[pb.ServerMessage | bytes]:
         """What goes back on this connection, until either side ends it."""
@@ -39,29 +45,37 @@ class Lane:
         in_order = False
         try:
             yield pb.ServerMessage(welcome=pb.Welcome(protocol=PROTOCOL))
-            while (pieces := await self._outbox.get()) is not None:
-                for piece in pieces:
-                    yield piece
+            while (piece := await self._exit.take()) is not None:
+                yield piece
             in_order = True
         finally:
             reader.cancel()
+            self._exit.leave()
             self._stream.lanes.discard(self)
             if not in_order:
                 self._stream.end(CorruptFrame(BROKE))
 
-    def send(self, pieces: Pieces) -> None:
-        self._outbox.put_nowait(pieces)
-
     def end(self) -> None:
-        self._outbox.put_nowait(None)
+        """Once the piece has left that is on its way."""
+        self._exit.shut()
 
     async def _read(self, requests: Requests) -> None:
         try:
             async for message in requests:
-                if not isinstance(message, Piece) and message.WhichOneof("content") != "chunk":
-                    raise MessageError("a lane carries pieces of messages only")
-                await self._stream.take_piece(message if isinstance(message, Piece) else message.chunk)
-        except SplitLearnError as error:
-            self._stream.end(error)
+                if not isinstance(message, Piece) and message.WhichOneof("content") not in ON_LANES:
+                    raise MessageError("a lane carries pieces of messages, and what closes a session, only")
+                await self._stream.take(message)
+        except Exception as error:
+            self._stream.end(reason(error))
         finally:
             self.end()
+
+
+def reason(error: Exception) -> SplitLearnError:
+    """What a stream ends with of which a message could not be taken: nobody waits for its answer in vain."""
+    if isinstance(error, SplitLearnError):
+        return error
+    if isinstance(error, DecodeError):
+        return MessageError("what arrived is no message of this protocol")
+    log.error("a client's message could not be taken", exc_info=error)
+    return TrunkFailed("a message could not be taken; the server's log has the cause")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from splitlearn.client.grpc_transport import describe
+from splitlearn.client.calls import describe
 from splitlearn.config import ClientConfig
 from splitlearn.model import devices
 from splitlearn.wire.handshake import NATIVE_BFLOAT16

@@ -16,6 +16,10 @@ from splitlearn.wire.host_memory import host_buffer
 
 ALIGNMENT = 64
 AHEAD = 4
+SMALL_PIECES = 4096
+"""So many pieces of messages that are not whole may be of any size ..."""
+LEAST_PIECE_BYTES = 4 << 10
+"""... and all further ones must be so large on average: what is noted of each is far less."""
 CORRUPT = "a piece of a message does not match its checksum, the network or a memory changed it: try again"
 
 
@@ -46,7 +50,8 @@ def parse(kind: type[Message], whole: bytes) -> Message:
 class ChunkAssembly:
     """Puts the pieces of one stream's messages together; any thread may bring one.
 
-    Memory grows with what has arrived, to at most `AHEAD` times as much, never with what was announced.
+    Memory grows with what has arrived, to at most `AHEAD` times as much, never with what was announced nor
+    with the number of pieces.
     """
 
     def __init__(self, max_message_bytes: int, *, checksum: bool = True) -> None:
@@ -54,22 +59,34 @@ class ChunkAssembly:
         self._checksum = checksum
         self._lock = threading.Lock()
         self._begun: dict[int, _Begun] = {}
+        self._pieces, self._arrived = 0, 0
 
     def add(self, piece: pb.Chunk | Piece) -> Whole | None:
         """The whole message once its last piece is here, else None.
 
         Raises:
-            MessageError: the piece does not fit the others, or its message is too large.
+            MessageError: the piece does not fit the others, its message is too large, or too many are small.
             CorruptFrame: a message was changed on its way, and not only its tensor.
         """
         is_intact = not self._checksum or checksum_of(piece.data) == piece.checksum
         with self._lock:
             begun = self._begun.get(piece.number) or self._begin(piece)
             begun.take(piece, is_intact)
+            self._count(1, len(piece.data))
             if begun.missing:
                 return None
             del self._begun[piece.number]
+            self._count(-begun.pieces, -begun.total)
         return begun.whole()
+
+    def _count(self, pieces: int, arrived: int) -> None:
+        self._pieces += pieces
+        self._arrived += arrived
+        if self._pieces > SMALL_PIECES + self._arrived // LEAST_PIECE_BYTES:
+            raise MessageError(
+                f"{self._pieces} pieces of messages with {self._arrived} bytes in all: send larger pieces "
+                f"(limits.chunk_bytes, {LEAST_PIECE_BYTES} or more)"
+            )
 
     def _begin(self, piece: pb.Chunk | Piece) -> _Begun:
         total, tensor = piece.total_bytes, piece.tensor_bytes
@@ -113,6 +130,10 @@ class _Begun:
         self.missing -= size
         if (self.total - self.missing) * AHEAD >= self.total:
             self._place()
+
+    @property
+    def pieces(self) -> int:
+        return len(self._ends)
 
     def whole(self) -> Whole:
         """Raises MessageError where pieces overlapped, so that something was never sent."""

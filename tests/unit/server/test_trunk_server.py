@@ -8,8 +8,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from splitlearn import TrunkServer
+from splitlearn.client.calls import describe
 from splitlearn.client.grpc_errors import error_of
-from splitlearn.client.grpc_transport import GrpcTransport, describe
+from splitlearn.client.grpc_transport import GrpcTransport
 from splitlearn.config import ClientConfig
 from splitlearn.errors import (
     MessageError,

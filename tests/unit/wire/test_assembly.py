@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from splitlearn.errors import CorruptFrame, MessageError
-from splitlearn.wire.assembly import ChunkAssembly, Whole, parse
+from splitlearn.wire.assembly import LEAST_PIECE_BYTES, SMALL_PIECES, ChunkAssembly, Whole, parse
 from splitlearn.wire.chunks import Pieces, deserialize_client
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 
 MESSAGE = pb.ClientMessage(step=pb.Step(key=pb.StepKey(run=3, step=7), loss_scale=2.0))
 HEAD = MESSAGE.SerializeToString()
-PAYLOAD = bytes(range(251)) * 40
+PAYLOAD = bytes(range(251)) * 12
 LIMIT = 20_000
 
 
@@ -113,6 +113,37 @@ def test_memory_grows_with_what_arrived_not_with_what_was_announced(monkeypatch)
     for piece in arriving[quarter:]:
         assembly.add(piece)
     assert len(asked) == 1
+
+
+def one_byte_pieces(messages=1):
+    """Of messages of which each would be the largest that may be; each piece the only one at its place."""
+    total = LIMIT * 100 // messages
+    return (chunk(at, 1, total=total, number=n) for at in range(total) for n in range(messages))
+
+
+@pytest.mark.parametrize("messages", [1, 50], ids=["one message", "many messages"])
+def test_what_is_held_does_not_grow_with_the_number_of_pieces(messages):
+    """Of a piece of one byte hundreds are noted down."""
+    assembly = ChunkAssembly(LIMIT * 100, checksum=False)
+    arriving = one_byte_pieces(messages)
+    for piece in itertools.islice(arriving, SMALL_PIECES):
+        assert assembly.add(piece) is None
+    further = map(assembly.add, itertools.islice(arriving, 2))
+    with pytest.raises(MessageError, match="larger pieces"):
+        list(further)
+
+
+def test_pieces_that_are_small_are_forgotten_with_their_message():
+    assembly = ChunkAssembly(LIMIT)
+    for number in range(10):
+        *_, whole = map(assembly.add, pieces(2, number=number))
+        assert whole.payload.numpy().tobytes() == PAYLOAD
+
+
+def test_a_message_of_any_size_may_come_in_pieces_of_4_kib():
+    payload = bytes(LEAST_PIECE_BYTES * 2 * SMALL_PIECES)
+    *_, whole = map(ChunkAssembly(1 << 30).add, pieces(LEAST_PIECE_BYTES, payload))
+    assert whole.payload.numel() == len(payload)
 
 
 def spoilt(piece):

@@ -1,6 +1,7 @@
 """A large message is cut into pieces that protobuf would read, once for all who send them."""
 
 import threading
+import time
 
 import pytest
 from google.protobuf.message import DecodeError
@@ -77,3 +78,50 @@ def test_bytes_of_any_kind_are_read_as_protobuf_reads_them_or_refused(data, chun
         assert (read.number, bytes(read.data)) == (expected.chunk.number, expected.chunk.data)
     else:
         assert read == expected
+
+
+def around(head: bytes, data: bytes = b"x") -> bytes:
+    """One chunk: these bytes, and behind them its data."""
+    inner = head + b"\x12" + bytes([len(data)]) + data
+    length = bytes([len(inner) & 127 | 128, len(inner) >> 7 & 127 | 128, len(inner) >> 14])
+    return b"\x2a" + length + inner
+
+
+NUMBER = b"\x08\x01"
+
+
+def test_a_field_that_comes_twice_is_left_to_protobuf():
+    """... whose data are a copy: nothing of what stood around them is held."""
+    assert isinstance(deserialize_client(around(NUMBER)), Piece)
+    for head in (NUMBER * 2, NUMBER * 1000):
+        read = deserialize_client(around(head))
+        assert not isinstance(read, Piece)
+        assert (read.chunk.number, read.chunk.data) == (1, b"x")
+
+
+def test_little_stands_around_the_data_of_a_piece():
+    """They are held as they lie: the rest with them."""
+    widest = b"".join(bytes([field << 3]) + b"\xff" * 9 + b"\x01" for field in (1, 3, 4, 5, 6))
+    read = deserialize_client(around(widest))
+    assert isinstance(read, Piece)
+    assert read.total_bytes == (1 << 64) - 1
+    assert len(read.data.obj) - len(read.data) < 80
+
+
+@pytest.mark.parametrize("padded", [b"\x88" + b"\x80" * 8 + b"\x00\x01", b"\x88\x80\x80\x80\x80\x00\x01"])
+def test_a_field_of_more_bytes_than_it_may_have_is_refused_as_by_protobuf(padded):
+    with pytest.raises(DecodeError):
+        deserialize_client(around(padded))
+
+
+def test_a_number_of_more_than_64_bits_is_read_as_protobuf_reads_it():
+    head = b"\x08" + b"\xff" * 9 + b"\x7f"
+    assert not isinstance(deserialize_client(around(head)), Piece)
+
+
+def test_a_piece_of_a_mebibyte_of_head_is_read_at_once():
+    """The server's event loop reads it, and serves nobody else meanwhile."""
+    flood = around(NUMBER * (1 << 19))
+    started = time.perf_counter()
+    deserialize_client(flood)
+    assert time.perf_counter() - started < 0.1
