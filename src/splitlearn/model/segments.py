@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -217,13 +218,18 @@ class TrunkSegment(nn.Module):
         hidden: Tensor = answer[0]
         return hidden
 
-    @property
+    # Looked up once: the library finds them by walking all modules, and every step asks.
+    @cached_property
     def decoder(self) -> nn.Module:
         return decoder_of(self.causal_lm)
 
-    @property
+    @cached_property
     def layers(self) -> nn.ModuleList:
         return layers_of(self.decoder)
+
+    @cached_property
+    def _a_weight(self) -> nn.Parameter:
+        return next(self.layers.parameters())
 
     @property
     def num_layers(self) -> int:
@@ -266,11 +272,11 @@ class TrunkSegment(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.layers.parameters()).dtype
+        return self._a_weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return next(self.layers.parameters()).device
+        return self._a_weight.device
 
 
 def _only_layer_type(config: PreTrainedConfig) -> str:
