@@ -94,9 +94,9 @@ class ClientGraphs:
         except Exception as error:
             self._give_up(error)
             return None
-        if graph is None or lease is None:
-            return None
         call = Call(asked.get("attention_mask"), asked.get("position_ids"), cache)
+        if graph is None or lease is None or not _fits(call.mask_BL, len(ids_B1), lease.length + 1):
+            return None
         graph.place(ids_B1, lease.length, call)
         # Counted before the trunk has it, as in the family's own forward: a call that fails tears the cache.
         lease.length += 1
@@ -132,8 +132,9 @@ class ClientGraphs:
                 return None, None
         rows = ids_B1.shape[0]
         graph = self._graphs.get((rows, columns))
-        lease = first.lease if isinstance(first, LeasedLayer) else None
-        if graph is not None and lease is not None and graph.lease is lease:
+        leases = {getattr(cache.layers[index], "lease", None) for index in self._own}
+        lease = leases.pop()
+        if graph is not None and lease is not None and graph.lease is lease and not leases:
             return graph, lease
         if graph is None:
             graph = self._graphs[rows, columns] = self._new_graph(cache, ids_B1, columns)
@@ -306,6 +307,11 @@ class Recorded:
         self._top.replay()
         answer = self._answer
         return type(answer)(**{**answer, "logits": answer["logits"].clone()})
+
+
+def _fits(mask_BL: Tensor | None, rows: int, length: int) -> bool:
+    """Whether the mask is one of the whole text; the family's own forward says what is wrong with another."""
+    return mask_BL is None or tuple(mask_BL.shape) == (rows, length)
 
 
 def _room(held_BHLE: Tensor, columns: int) -> Tensor:
