@@ -43,7 +43,7 @@ from splitlearn.errors import (
     TrunkFailed,
 )
 from splitlearn.model.segments import TrunkSegment
-from splitlearn.vocabulary import Phase, Timings
+from splitlearn.vocabulary import Phase, StepKey, Timings
 from splitlearn.wire.messages import (
     AdapterMessage,
     AnswerMessage,
@@ -142,6 +142,14 @@ class Engine:
     def restore_run(self, client: bytes, snapshot: RunSnapshot) -> Future[RunFacts]:
         self._refuse_when_draining()
         return self._ask(lambda: self._runs.restore(client, snapshot).facts())
+
+    def run_snapshot(self, key: StepKey) -> Future[RunSnapshot]:
+        """The run as it stands, for the one incarnation that trains it.
+
+        Raises (in the future):
+            RunLost, RunTakenOver, RunBroken: as for its steps.
+        """
+        return self._ask(lambda: self._runs.find(key).snapshot())
 
     def close_run(self, name: str) -> Future[RunFacts]:
         return self._ask(lambda: self._runs.close(name).facts())
