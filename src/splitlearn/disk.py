@@ -1,8 +1,12 @@
-"""What is on the disk: had there before going on, and known again by its digest."""
+"""What is on the disk: there before going on, known again by its digest, claimed while it is written."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import xxhash
@@ -17,6 +21,43 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def make_folder(folder: Path) -> None:
+    """The folder and those above it, their names on the disk. Raises FileExistsError where it is there."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True)
+    for each in reversed(missing):
+        sync(each.parent)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Meanwhile the folder `is_claimed`, for other processes too; a process that is killed claims nothing."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        # Not every network's file system can: then nobody sees the claim.
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def is_claimed(folder: Path) -> bool:
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return False
 
 
 def digest(file: Path) -> str:

@@ -6,7 +6,7 @@ receives the same class again with the same words (`splitlearn.wire.status`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 
@@ -118,11 +118,15 @@ class MessageError(SplitLearnError):
 
 
 class RunLost(SplitLearnError):
-    """The server does not have this run, or another incarnation of its client has taken it over."""
+    """The server does not have this run: resume from its newest checkpoint."""
+
+
+class RunTakenOver(RunLost):
+    """Somebody has joined or resumed this run since: it is theirs now, and this training ends."""
 
 
 class RunBroken(RunLost):
-    """The trunk's optimizer failed halfway: restore the run's last checkpoint, or start over."""
+    """The trunk's optimizer, or a restore, failed halfway: restore the run's last checkpoint."""
 
 
 class TapeExpired(SplitLearnError):
@@ -182,6 +186,16 @@ class NotServed(SplitLearnError):
 
 class TrunkFailed(SplitLearnError):
     """The server failed at this step; its log has the cause under the id in the message."""
+
+
+def another_training(run: str, steps: Sequence[int]) -> CheckpointError:
+    """The one wording of a check that both sides make: two halves of different trainings are not joined."""
+    which = f"step {steps[0]}" if len(steps) == 1 else f"steps {', '.join(map(str, steps))}"
+    return CheckpointError(
+        f"what the server has of {which} of run {run} was not saved with this checkpoint: the run was "
+        "started over, or trained on from elsewhere, since. Resume from that training's folder, or train "
+        "from the start under another run name"
+    )
 
 
 def too_long_for_model(tokens: int, max_positions: int) -> SessionTooLong:

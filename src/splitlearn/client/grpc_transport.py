@@ -103,18 +103,20 @@ class GrpcTransport:
         request = pb.RunRequest(name=name, client=self._client)
         return run_facts_from_proto(self._call("GetRun", request))
 
-    def save_run(self, name: str, step: int, acknowledged: Sequence[int]) -> RunFacts:
+    def save_run(self, name: str, at: StepKey, acknowledged: Sequence[int]) -> RunFacts:
         request = pb.SaveRunRequest(
             name=name,
             client=self._client,
-            step=step,
+            run=at.run,
+            incarnation=at.incarnation,
+            step=at.step,
             acknowledged_step=max(acknowledged, default=0),
             kept_steps=acknowledged,
         )
         return run_facts_from_proto(self._call("SaveRun", request))
 
-    def restore_run(self, name: str, step: int) -> RunFacts:
-        request = pb.RestoreRunRequest(name=name, client=self._client, step=step)
+    def restore_run(self, name: str, step: int, digest: int = 0) -> RunFacts:
+        request = pb.RestoreRunRequest(name=name, client=self._client, step=step, digest=digest)
         return run_facts_from_proto(self._call("RestoreRun", request))
 
     def close_run(self, name: str) -> None:

@@ -17,7 +17,7 @@ from splitlearn.client.sent import positions_to_send, require_in_step, without_c
 from splitlearn.client.transport import Transport
 from splitlearn.client.trunk_operation import NO_RUN, Trained, Untrained
 from splitlearn.config import ClientConfig
-from splitlearn.errors import RunLost, SettingError, UnsupportedCall
+from splitlearn.errors import RunLost, RunTakenOver, SettingError, UnsupportedCall
 from splitlearn.vocabulary import LoraSettings, StepKey, Timings, Versions
 from splitlearn.wire.host_memory import to_host
 from splitlearn.wire.messages import (
@@ -55,6 +55,7 @@ class RemoteTrunk(nn.Module):
         self.is_named = False
         """Whether the run's name is its user's choice."""
         self._was_closed = False
+        self._has_stepped = False
         self._opened_here = False
         self.joined_at_step = 0
         """Optimizer steps that the run had done, before this model, when it was joined."""
@@ -106,7 +107,7 @@ class RemoteTrunk(nn.Module):
             self.gradient_scale if scale is None else scale,
             run.settings.optimizer.learning_rate if learning_rate is None else learning_rate,
         )
-        self.gradient_scale = 1.0
+        self.gradient_scale, self._has_stepped = 1.0, True
 
     def skip_step(self) -> None:
         """Drop the gradients that the trunk has accumulated, for example because others overflowed."""
@@ -123,13 +124,19 @@ class RemoteTrunk(nn.Module):
         """The training run, opened here at its first use, or joined where its name is there already.
 
         Raises:
-            UnsupportedCall: the model was loaded without `lora=`.
+            UnsupportedCall: the model was loaded without `lora=`; or its run is gone, and only a new one
+                could be opened for a bottom and a top that have been trained.
         """
         if self._run is None:
             if self.planned is None:
                 raise UnsupportedCall(NO_RUN)
             if self._was_closed:
-                raise UnsupportedCall("the run was closed: restore it, or call model.trunk.start_over()")
+                raise UnsupportedCall("the run was closed: restore it, or load the model again")
+            if self._has_stepped:
+                raise UnsupportedCall(
+                    "this model's bottom and top have been trained, a trunk that begins anew does not fit "
+                    "them: load the model again, and train that one"
+                )
             facts = self._open_or_join(self.planned)
             require_same(facts.name, facts.settings, self.planned.settings)
             self._run = ClientRun(self.transport, facts, self.planned.settings, self._config.train_s)
@@ -140,8 +147,11 @@ class RemoteTrunk(nn.Module):
 
         Raises:
             CheckpointError: it could not be written; the checkpoint before it is still there.
+            RunTakenOver: somebody else trains the run now.
         """
-        return self.transport.save_run(self.run.name, self.run.step, self._acknowledged)
+        run = self.run
+        at = StepKey(run=run.number, incarnation=run.incarnation, step=run.step)
+        return self.transport.save_run(run.name, at, self._acknowledged)
 
     def acknowledge(self, *steps: int) -> None:
         """Both sides have checkpoints of these: the server may delete others that are older than the newest.
@@ -150,21 +160,39 @@ class RemoteTrunk(nn.Module):
         """
         self._acknowledged = steps
 
-    def restore(self, name: str, step: int) -> None:
+    def restore(self, name: str, step: int, digest: int = 0) -> None:
         """Make the run of this name, as it was saved at this step, the model's run.
 
+        `digest` is what `save` told of that step: another checkpoint of the same name and step is refused.
+
         Raises:
-            CheckpointError: there is no such checkpoint, or it is torn.
+            CheckpointError: there is no such checkpoint, or it is torn or another one.
             SettingError: it was saved with other LoRA settings, or another optimizer.
         """
         planned = self.planned
         if planned is None:
             raise UnsupportedCall(NO_RUN)
-        facts = self.transport.restore_run(name, step)
+        facts = self.transport.restore_run(name, step, digest)
         require_same(facts.name, facts.settings, planned.settings)
         self.planned = replace(planned, name=name)
-        self._was_closed, self.joined_at_step = False, 0
+        self._was_closed, self.joined_at_step, self._has_stepped = False, 0, bool(step)
+        self.gradient_scale = 1.0
         self._run = ClientRun(self.transport, facts, planned.settings, self._config.train_s)
+
+    def require_own_run(self) -> None:
+        """Raises RunTakenOver where the run is open as another's, who restored it after ours was lost."""
+        if self._run is None:
+            return
+        try:
+            there = self.transport.run_facts(self._run.name)
+        except RunLost:
+            return
+        ours = (self._run.number, self._run.incarnation)
+        if there.state != SAVED and (there.number, there.incarnation) != ours:
+            raise RunTakenOver(
+                f"run {there.name} was resumed by somebody else after this side had lost it, and is theirs "
+                "now: let this training end"
+            )
 
     def close_run(self) -> None:
         """Free what the run holds in the server's memory; what was saved of it can be resumed from."""
@@ -176,6 +204,8 @@ class RemoteTrunk(nn.Module):
     def start_over(self) -> None:
         """Delete the run, and what is saved of it, from the server: the next step opens it anew.
 
+        A model that has been trained must be loaded again for that: its bottom and top have not begun anew.
+
         Raises:
             UnsupportedCall: the model was loaded without `lora=`.
         """
@@ -184,6 +214,7 @@ class RemoteTrunk(nn.Module):
         with contextlib.suppress(RunLost):
             self.transport.delete_run(self.planned.name)
         self._run, self._was_closed, self.joined_at_step = None, False, 0
+        self.gradient_scale = 1.0
 
     def reopen_if_unused(self) -> bool:
         """Let the next step open the run anew, where this model opened it and nobody has trained it yet."""

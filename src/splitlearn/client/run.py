@@ -28,6 +28,15 @@ from splitlearn.wire.messages import AnswerMessage, OptimizerStep, RunFacts, Run
 ASK_AGAIN_S = (0.2, 1.0)
 RESUME = "Then train on from the newest checkpoint: resume_from_checkpoint=True, or --resume"
 CHANGES = (Phase.BACKWARD, Phase.OPTIMIZER_STEP)
+DONE_ALREADY = (
+    "the trunk had done this step, only its answer was lost, so it cannot be skipped: call "
+    "model.trunk.step() (it is not done twice) and your own optimizer.step() with these gradients, or resume "
+    "from a checkpoint"
+)
+DROPPED_ALREADY = (
+    "the trunk had dropped this step's gradients, only the answer was lost: call model.trunk.skip_step(), "
+    "drop your own gradients too and repeat the step, or resume from a checkpoint"
+)
 log = logging.getLogger("splitlearn")
 
 
@@ -56,7 +65,8 @@ class ClientRun:
         # Numbers of their own: those of microbatches decide what dropout drops.
         self._evaluations = count()
         self._unapplied = 0
-        self._is_torn = False
+        # Of what an answer was lost, so that it is not known here whether it was done.
+        self._torn: set[Phase] = set()
 
     @property
     def unapplied(self) -> int:
@@ -152,22 +162,29 @@ class ClientRun:
     def apply(self, scale: float, learning_rate: float, *, skip: bool = False) -> None:
         """Have the trunk's optimizer step, or drop what has been accumulated.
 
+        Asked again after its answer was lost, a step is done once.
+
         Raises:
-            UnappliedGradients: it is not known what the trunk holds, because an answer was lost.
+            UnappliedGradients: it is not known what the trunk holds, because an answer was lost; or it is
+                known now that the trunk has done the other thing.
         """
-        if not skip:
+        if not skip and Phase.BACKWARD in self._torn:
             self._require_whole()
-        self._ask(
+        answer = self._ask(
             RunStepMessage(
                 key=self._key(Phase.OPTIMIZER_STEP),
                 optimizer=OptimizerStep(scale, learning_rate, skip),
                 deadline_s=self._deadline_s,
             )
         )
+        if answer.stepped == skip:
+            # Of an answer that was lost before; as it stands until its client does the same.
+            self._torn.add(Phase.OPTIMIZER_STEP)
+            raise UnappliedGradients(DONE_ALREADY if skip else DROPPED_ALREADY)
         with self._lock:
             self.step += 1
             self._next_microbatch = self._unapplied = 0
-            self._is_torn = False
+            self._torn.clear()
 
     def _ask(self, message: RunStepMessage) -> AnswerMessage:
         """The answer; asked again where it was lost on the way, because the server does a step once."""
@@ -178,7 +195,7 @@ class ClientRun:
             except (TrunkUnreachable, StepTimeout) as error:
                 if pause_s is None:
                     # Whether it was done is not known here.
-                    self._is_torn = self._is_torn or message.key.phase in CHANGES
+                    self._torn.update({message.key.phase}.intersection(CHANGES))
                     raise error.advised(RESUME) from None
                 time.sleep(pause_s)
         self.version = answer.versions.version
@@ -186,7 +203,13 @@ class ClientRun:
         return answer
 
     def _require_whole(self) -> None:
-        if self._is_torn:
+        if self._torn == {Phase.OPTIMIZER_STEP}:
+            raise UnappliedGradients(
+                "the answer to an optimizer step was lost, and with it whether the trunk has done it: call "
+                "model.trunk.step() again (it is done once) and then your own optimizer.step(), or resume "
+                "from a checkpoint"
+            )
+        if self._torn:
             raise UnappliedGradients(
                 "an answer of the trunk was lost, and with it whether it holds a microbatch's gradients: "
                 "call model.trunk.skip_step() and repeat the step, or resume from a checkpoint"

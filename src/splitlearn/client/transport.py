@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from splitlearn.vocabulary import StepKey
 from splitlearn.wire.handshake import Agreement
 from splitlearn.wire.messages import (
     AdapterMessage,
@@ -66,15 +67,16 @@ class Transport(Protocol):
         """Where a run stands, open or on disk; raises RunLost where there is none."""
         ...
 
-    def save_run(self, name: str, step: int, acknowledged: Sequence[int]) -> RunFacts:
-        """Have the run, as it stands after this step, written to the server's disk.
+    def save_run(self, name: str, at: StepKey, acknowledged: Sequence[int]) -> RunFacts:
+        """Have the run, as it stands after this key's step, written to the server's disk.
 
         Others that are older than the newest acknowledged step are deleted there, unless acknowledged, too.
+        Raises RunTakenOver where another incarnation trains the run.
         """
         ...
 
-    def restore_run(self, name: str, step: int) -> RunFacts:
-        """Take a run over as its checkpoint has it."""
+    def restore_run(self, name: str, step: int, digest: int = 0) -> RunFacts:
+        """Take a run over as its checkpoint has it; raises CheckpointError if that has another digest."""
         ...
 
     def close_run(self, name: str) -> None:

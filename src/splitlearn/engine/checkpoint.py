@@ -17,16 +17,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from splitlearn.disk import digest, sync
+from splitlearn.disk import claimed, digest, is_claimed, make_folder, sync
 from splitlearn.engine.disk_budget import DiskBudget
-from splitlearn.errors import CheckpointError
+from splitlearn.errors import CheckpointError, another_training
 from splitlearn.vocabulary import LoraSettings, OptimizerSettings, Precision, RunSettings, TapeSettings
 
 FORMAT = 1
 WEIGHTS, OPTIMIZER, NOTE = "adapter.safetensors", "optimizer.safetensors", "run.json"
+DIGEST_DIGITS = 16
 HEADER_BYTES, NOTE_BYTES = 128, 1024
 """More than a tensor's entry takes in its file, and more than a note takes beside its settings."""
 STEP_FOLDER = re.compile(r"step-(\d{8})")
+UNFINISHED, FORMER = "unfinished-", "-former"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +55,17 @@ class RunStore:
         """The steps at which this run has a checkpoint, oldest first."""
         return tuple(sorted(step for step, _ in self._checkpoints(name)))
 
+    def digests(self, name: str) -> dict[int, int]:
+        """By step, what tells a checkpoint from any other of the same name and step; 0 if it is torn."""
+        return {step: _short_digest(folder) for step, folder in sorted(self._checkpoints(name))}
+
     def names(self) -> list[str]:
-        if not self._folder.is_dir():
-            return []
-        return sorted(each.name for each in self._folder.iterdir() if self.steps(each.name))
+        """The runs that have anything here, whole or not: all of it counts, and can be deleted."""
+        return sorted(each.name for each in self._runs() if self.has(each.name))
+
+    def has(self, name: str) -> bool:
+        """Whether anything of this run is here, whole or not."""
+        return next((self._folder / name).glob("*"), None) is not None
 
     def write(self, snapshot: RunSnapshot) -> None:
         """Have it on the disk, in place of an older one of this step.
@@ -66,24 +75,43 @@ class RunStore:
                 disk. What was there before stays as it is.
         """
         target = self._folder / snapshot.name / f"step-{snapshot.step:08d}"
-        unfinished = target.with_name(f"unfinished-{secrets.token_hex(8)}")
+        unfinished = target.with_name(f"{UNFINISHED}{secrets.token_hex(8)}")
+        former = unfinished.with_name(f"{unfinished.name}{FORMER}")
         what = f"step {snapshot.step} of run {snapshot.name}"
         with self._room_for(snapshot, unfinished, what):
             try:
-                _write_files(snapshot, unfinished)
-                if target.exists():
-                    target.rename(unfinished.with_name(f"{unfinished.name}-former"))
-                unfinished.rename(target)
-                sync(target.parent)
+                make_folder(unfinished)
+                with claimed(unfinished):
+                    _write_files(snapshot, unfinished)
+                    if target.exists():
+                        target.rename(former)
+                    unfinished.rename(target)
+                    sync(target.parent)
             except (OSError, SafetensorError) as error:
+                with contextlib.suppress(OSError):
+                    _put_back(former, target)
                 shutil.rmtree(unfinished, ignore_errors=True)
                 raise CheckpointError(
                     f"{what} could not be saved ({_why(error)}): "
                     "make room in the server's --state-dir; the checkpoint before it is still there"
                 ) from None
+            shutil.rmtree(former, ignore_errors=True)
 
-    def read(self, name: str, step: int) -> RunSnapshot:
-        """Raises CheckpointError where it is not there, torn, changed, or of a newer version."""
+    def clear_up(self) -> None:
+        """What a killed server left unfinished goes; a checkpoint that it had put aside comes back."""
+        for run in self._runs():
+            for left in run.glob(f"{UNFINISHED}*"):
+                if not is_claimed(left.with_name(left.name.removesuffix(FORMER))):
+                    _clear(left)
+            with contextlib.suppress(OSError):
+                run.rmdir()
+
+    def read(self, name: str, step: int, wanted: int = 0) -> RunSnapshot:
+        """The checkpoint of this step, if it has the digest that is wanted; 0 takes any.
+
+        Raises:
+            CheckpointError: it is not there, torn, changed, another one, or of a newer version.
+        """
         folder = self._folder / name / f"step-{step:08d}"
         if not (folder / NOTE).is_file():
             raise CheckpointError(
@@ -97,6 +125,8 @@ class RunStore:
                 )
             if note.pop("digest") != _digest_of_note(note):
                 raise CheckpointError(_torn(name, step))
+            if wanted not in (0, _short_digest(folder)):
+                raise another_training(name, [step])
             for file, written in note["digests"].items():
                 if digest(folder / file) != written:
                     raise CheckpointError(_torn(name, step))
@@ -118,7 +148,7 @@ class RunStore:
         for older, folder in self._checkpoints(name):
             if older < step and older not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
-        for unfinished in (self._folder / name).glob("unfinished-*"):
+        for unfinished in (self._folder / name).glob(f"{UNFINISHED}*"):
             shutil.rmtree(unfinished, ignore_errors=True)
 
     def delete(self, name: str) -> int:
@@ -142,6 +172,10 @@ class RunStore:
             return contextlib.nullcontext()
         return self._budget.reserved(unfinished, _bytes_of(snapshot), what)
 
+    def _runs(self) -> Iterator[Path]:
+        if self._folder.is_dir():
+            yield from (each for each in self._folder.iterdir() if each.is_dir())
+
     def _checkpoints(self, name: str) -> Iterator[tuple[int, Path]]:
         folder = self._folder / name
         if folder.is_dir():
@@ -151,7 +185,6 @@ class RunStore:
 
 
 def _write_files(snapshot: RunSnapshot, folder: Path) -> None:
-    folder.mkdir(parents=True)
     save_file(dict(snapshot.weights), folder / WEIGHTS)
     save_file(dict(snapshot.optimizer), folder / OPTIMIZER)
     note = {
@@ -166,6 +199,30 @@ def _write_files(snapshot: RunSnapshot, folder: Path) -> None:
     (folder / NOTE).write_text(json.dumps(note, indent=1))
     for file in folder.iterdir():
         sync(file)
+    sync(folder)
+
+
+def _clear(left: Path) -> None:
+    """Of a killed server: away with it, unless it is the only one of its step."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        if left.name.endswith(FORMER):
+            step = json.loads((left / NOTE).read_text())["step"]
+            _put_back(left, left.with_name(f"step-{step:08d}"))
+    shutil.rmtree(left, ignore_errors=True)
+
+
+def _put_back(former: Path, target: Path) -> None:
+    if former.is_dir() and not target.exists():
+        former.rename(target)
+        sync(target.parent)
+
+
+def _short_digest(folder: Path) -> int:
+    """Of the note, and so of the files whose digests stand in it; never 0 where it can be read."""
+    try:
+        return int(json.loads((folder / NOTE).read_text())["digest"][:DIGEST_DIGITS], 16) or 1
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def _bytes_of(snapshot: RunSnapshot) -> int:

@@ -53,7 +53,8 @@ class Run:
         self._gradients: list[Tensor | None] = [None] * len(weights)
         self._accumulated: set[Microbatch] = set()
         self._last_step: AnswerMessage | None = None
-        self._is_broken = False
+        self._broken = ""
+        """What failed halfway, where something did."""
 
     @property
     def version(self) -> int:
@@ -64,18 +65,18 @@ class Run:
         return self.step + 1
 
     def facts(self) -> RunFacts:
-        state = BROKEN if self._is_broken else OPEN
+        state = BROKEN if self._broken else OPEN
         return RunFacts(
             self.name, self.number, self.incarnation, state, self.step, self.version, self.settings
         )
 
     def require_whole(self) -> None:
-        """Raises RunBroken where an optimizer step failed halfway, until a snapshot is restored."""
-        if self._is_broken:
+        """Raises RunBroken where a step or a restore failed halfway, until a snapshot is restored."""
+        if self._broken:
             raise RunBroken(
-                f"the trunk's optimizer failed halfway through step {self.next_step} of run {self.name}: "
-                "restore its last checkpoint (resume_from_checkpoint=True, or model.trunk.restore), or begin "
-                "anew with model.trunk.start_over(); the server's log has the cause",
+                f"{self._broken}: restore its last checkpoint (resume_from_checkpoint=True, or "
+                "model.trunk.restore); or to begin anew load the model again, then model.trunk.start_over(); "
+                "the server's log has the cause",
                 facts={"current_step": self.next_step},
             )
 
@@ -110,6 +111,8 @@ class Run:
             raise CheckpointError(
                 f"the checkpoint of run {self.name} is of another adapter: use its LoRA settings"
             )
+        # From here on a failure leaves a mixture of both.
+        self._broken = f"restoring step {snapshot.step} of run {self.name} failed halfway"
         for name, master in self.masters.items():
             master.copy_(snapshot.weights[name])
         if self.optimizer is not None:
@@ -123,8 +126,8 @@ class Run:
             self.optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
         self.step, self.skipped = snapshot.step, snapshot.skipped
         self.current = self._published(snapshot.version)
-        self._is_broken = False
         self._forget_work()
+        self._broken = ""
 
     def _optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
         for name, master in self.masters.items():
@@ -198,7 +201,9 @@ class Run:
                 self.current = self._published(self.version + 1, room)
             except Exception as error:
                 # Some weights may have moved and others not: nobody can tell.
-                self._is_broken = True
+                self._broken = (
+                    f"the trunk's optimizer failed halfway through step {self.next_step} of run {self.name}"
+                )
                 log.error("an optimizer failed halfway", run=self.name, step=self.next_step, exc_info=error)
                 self.require_whole()
         self.skipped += asked.skip

@@ -12,6 +12,7 @@ from splitlearn.engine.run import Run
 from splitlearn.engine.run_table import RunTable
 from splitlearn.engine.step_queue import StepQueue
 from splitlearn.engine.trunk_state import AdapterVersion
+from splitlearn.vocabulary import StepKey
 from splitlearn.wire.messages import AdapterMessage, OpenRun, RunFacts
 
 Result = TypeVar("Result")
@@ -42,6 +43,14 @@ class RunRequests:
     def restore(self, client: bytes, snapshot: RunSnapshot) -> Future[RunFacts]:
         self._refuse_when_draining()
         return self._queue.ask(lambda: self._runs.restore(client, snapshot).facts())
+
+    def snapshot(self, key: StepKey) -> Future[RunSnapshot]:
+        """The run as it stands, for the one incarnation that trains it.
+
+        Raises (in the future):
+            RunLost, RunTakenOver, RunBroken: as for its steps.
+        """
+        return self._queue.ask(lambda: self._runs.find(key).snapshot())
 
     def close(self, name: str) -> Future[RunFacts]:
         return self._queue.ask(lambda: self._runs.close(name).facts())

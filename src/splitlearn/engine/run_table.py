@@ -15,7 +15,7 @@ from splitlearn.engine.checkpoint import RunSnapshot
 from splitlearn.engine.run import Run
 from splitlearn.engine.tape import Tape
 from splitlearn.engine.trunk_state import AdapterVersion, TrunkState
-from splitlearn.errors import AdapterError, CheckpointError, MessageError, ResourceExhausted, RunLost
+from splitlearn.errors import AdapterError, MessageError, ResourceExhausted, RunLost, RunTakenOver
 from splitlearn.model import lora
 from splitlearn.vocabulary import RunSettings, StepKey
 from splitlearn.wire.messages import OpenRun
@@ -60,9 +60,14 @@ class RunTable:
         if settings.lora.r:
             slot = self._state.new_slot()
             weights = self._state.slots.add(slot, settings.lora, settings.seed)
-            if asked.start_from:
-                weights = self._start(asked, slot, weights)
-        run = Run(asked.name, secrets.randbits(RUN_BITS) | 1, settings, slot, weights, client)
+        try:
+            if slot is not None and asked.start_from:
+                weights = self._start(asked, weights)
+            run = Run(asked.name, secrets.randbits(RUN_BITS) | 1, settings, slot, weights, client)
+        except Exception:
+            if slot is not None:
+                self._state.slots.remove(slot)
+            raise
         self._runs[run.name] = self._by_number[run.number] = run
         return run
 
@@ -77,7 +82,8 @@ class RunTable:
         """The run as the snapshot has it, in a new incarnation; opened if it is not open.
 
         Raises:
-            CheckpointError, AdapterError, ResourceExhausted: it cannot be.
+            CheckpointError, AdapterError, ResourceExhausted: it cannot be. Where it fails halfway, an open
+                run is broken, and a new one is not there.
         """
         is_new = snapshot.name not in self._runs
         run = (
@@ -87,7 +93,7 @@ class RunTable:
         )
         try:
             run.restore(snapshot)
-        except CheckpointError:
+        except Exception:
             if is_new:
                 self.close(run.name)
             raise
@@ -103,17 +109,17 @@ class RunTable:
         """The run that a step belongs to.
 
         Raises:
-            RunLost: it is not here, or somebody has joined it since; RunBroken: it is half stepped.
+            RunLost: it is not here; RunTakenOver: somebody has joined it since; RunBroken: it is not whole.
         """
         run = self._by_number.get(key.run)
         if run is None:
             raise RunLost("the run is not held here (it was closed, or the server restarted): join it again")
-        run.used_at = time.monotonic()
         if run.incarnation != key.incarnation:
-            raise RunLost(
-                f"run {run.name} was joined again as incarnation {run.incarnation}: what incarnation "
-                f"{key.incarnation} still sends is refused"
+            raise RunTakenOver(
+                f"run {run.name} was joined again as incarnation {run.incarnation}: somebody else trains it "
+                f"now, and what incarnation {key.incarnation} still sends is refused. Let this training end"
             )
+        run.used_at = time.monotonic()
         run.require_whole()
         return run
 
@@ -141,16 +147,12 @@ class RunTable:
             self.close(name)
         return idle
 
-    def _start(self, asked: OpenRun, slot: str, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _start(self, asked: OpenRun, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
         """A loaded adapter's weights in place of drawn ones."""
-        try:
-            loaded = self._adapters.find(asked.start_from)
-            if loaded is None:
-                raise AdapterError(f"no adapter {asked.start_from!r} is loaded on this server: load it first")
-            return fitting(loaded.version.weights, drawn)
-        except AdapterError:
-            self._state.slots.remove(slot)
-            raise
+        loaded = self._adapters.find(asked.start_from)
+        if loaded is None:
+            raise AdapterError(f"no adapter {asked.start_from!r} is loaded on this server: load it first")
+        return fitting(loaded.version.weights, drawn)
 
     def _check(self, settings: RunSettings) -> None:
         """Before anything is added to the trunk."""

@@ -18,6 +18,7 @@ from splitlearn.errors import (
 )
 from splitlearn.server.client_stream import Hall
 from splitlearn.server.refusal import Context, refuse, refusing
+from splitlearn.vocabulary import StepKey
 from splitlearn.wire.adapters import AdapterAssembly, adapter_to_parts
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.generated import splitlearn_pb2_grpc as rpc
@@ -70,7 +71,10 @@ class RunCalls(rpc.TrunkServicer):
     async def SaveRun(self, request: pb.SaveRunRequest, context: Context) -> pb.RunReply:
         """The run as it stands after the step that its client has just had done."""
         name, engine = run_name(request.name), self._hall.engine
-        snapshot = await asyncio.wrap_future(engine.runs.do(name, Run.snapshot))
+        key = StepKey(run=request.run, incarnation=request.incarnation)
+        snapshot = await asyncio.wrap_future(engine.runs.snapshot(key))
+        if snapshot.name != name:
+            raise MessageError(f"what is to be saved as run {name} is run {snapshot.name}: say its own name")
         if request.step != snapshot.step:
             raise StepOutOfOrder(
                 f"run {name} stands at step {snapshot.step}, not {request.step}: nothing was saved",
@@ -84,7 +88,8 @@ class RunCalls(rpc.TrunkServicer):
 
     @refusing
     async def RestoreRun(self, request: pb.RestoreRunRequest, context: Context) -> pb.RunReply:
-        snapshot = await asyncio.to_thread(self._store.read, run_name(request.name), request.step)
+        name = run_name(request.name)
+        snapshot = await asyncio.to_thread(self._store.read, name, request.step, request.digest)
         return await self._reply(self._hall.engine.runs.restore(client_id(request.client), snapshot))
 
     @refusing
@@ -98,7 +103,7 @@ class RunCalls(rpc.TrunkServicer):
         try:
             await asyncio.wrap_future(self._hall.engine.runs.close(name))
         except RunLost:
-            if not await asyncio.to_thread(self._store.steps, name):
+            if not await asyncio.to_thread(self._store.has, name):
                 raise
         return pb.DeleteReply(freed_bytes=await asyncio.to_thread(self._store.delete, name))
 
@@ -152,12 +157,18 @@ class RunCalls(rpc.TrunkServicer):
         """The runs that are open and those that are on disk alone."""
         names = {facts.name for facts in is_open}
         steps = {name: self._store.steps(name) for name in self._store.names() if name not in names}
-        saved = [RunFacts(name, state=SAVED, step=kept[-1]) for name, kept in steps.items() if kept]
+        saved = [RunFacts(name, state=SAVED, step=max(kept, default=0)) for name, kept in steps.items()]
         return [self._with_disk(each) for each in (*is_open, *saved)]
 
     def _with_disk(self, facts: RunFacts) -> RunFacts:
         store = self._store
-        return replace(facts, checkpoints=store.steps(facts.name), bytes_on_disk=store.bytes(facts.name))
+        kept = store.digests(facts.name)
+        return replace(
+            facts,
+            checkpoints=tuple(kept),
+            digests=tuple(kept.values()),
+            bytes_on_disk=store.bytes(facts.name),
+        )
 
     def _require_place(self, name: str) -> None:
         limit = self._hall.config.runs.max_checkpoints

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -118,6 +119,8 @@ class TrunkServer:
         egress.start()
         budget = DiskBudget(self.config.state_dir, self.config.runs.disk_budget_bytes)
         runs = RunStore(self.config.state_dir / f"{self._identity.weights_hash:016x}" / "runs", budget)
+        with contextlib.suppress(OSError):  # who saves is told of a folder that cannot be used
+            runs.clear_up()
         self._hall = hall = Hall(self.engine, self._identity, self.config, admission, egress, runs)
         server, healthy = self._grpc_server(hall)
         await server.start()

@@ -22,6 +22,7 @@ from splitlearn.errors import NotServed, StepTimeout
 from splitlearn.model.checkpoint import Checkpoint
 from splitlearn.model.plan import SplitPlan
 from splitlearn.model.weights import load_trunk
+from splitlearn.vocabulary import StepKey
 from splitlearn.wire.codecs import CODECS
 from splitlearn.wire.handshake import CLIENT_ID_BYTES, Agreement
 from splitlearn.wire.messages import (
@@ -82,10 +83,10 @@ class LoopbackTransport:
     def run_facts(self, name: str) -> RunFacts:
         return _within(FORK_S, self._engine.runs.do(name, Run.facts))
 
-    def save_run(self, name: str, step: int, acknowledged: Sequence[int]) -> RunFacts:
+    def save_run(self, name: str, at: StepKey, acknowledged: Sequence[int]) -> RunFacts:
         raise NotServed("an engine alone has no disk: use a TrunkServer")
 
-    def restore_run(self, name: str, step: int) -> RunFacts:
+    def restore_run(self, name: str, step: int, digest: int = 0) -> RunFacts:
         raise NotServed("an engine alone has no disk: use a TrunkServer")
 
     def close_run(self, name: str) -> None:

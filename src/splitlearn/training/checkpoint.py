@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from splitlearn.disk import digest, sync
 from splitlearn.errors import CheckpointError
+from splitlearn.wire.dtypes import dtype_name
 
 WEIGHTS, NOTE = "client.safetensors", "splitlearn.json"
 FORMAT = 1
@@ -30,54 +31,75 @@ class Note:
     step: int
     digests: Mapping[str, str] = field(default_factory=dict)
     """Of the folder's files, by their names."""
+    trunk: int = 0
+    """The digest of the server's half; 0 where the note is older than that."""
     format: int = FORMAT
 
 
 def save_weights(model: nn.Module, folder: Path) -> None:
     """What of the client is trained, by its parameters' names."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {
-        name: parameter.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    weights = {name: each.detach().cpu().contiguous() for name, each in _trained(model).items()}
     save_file(weights, folder / WEIGHTS)
 
 
-@torch.no_grad()
-def load_weights(model: nn.Module, folder: Path) -> None:
-    """Raises CheckpointError where the folder is not a checkpoint of this model's adapter."""
+def read_weights(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """Raises CheckpointError where the folder is not a checkpoint of what this model trains."""
     try:
         weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError):
         raise CheckpointError(
             f"{folder} has no readable {WEIGHTS}: it is no checkpoint of SplitTrainer, or a torn one"
         ) from None
-    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
-    if {name: each.shape for name, each in trained.items()} != {
-        name: each.shape for name, each in weights.items()
-    }:
+    trained = {name: _form(each) for name, each in _trained(model).items()}
+    there = {name: _form(each) for name, each in weights.items()}
+    if trained.keys() != there.keys():
+        name = min(trained.keys() ^ there.keys())
         raise CheckpointError(
-            f"{folder} was trained with other LoRA settings, another cut, or other parts frozen or in full: "
-            "load the model as it was loaded then"
+            f"{folder} was trained with other LoRA settings, another cut, or other parts frozen or in full "
+            f"({name} is {'not in it' if name in trained else 'not trained here'}): load the model as it was "
+            "loaded then"
         )
-    for name, parameter in trained.items():
+    for name, form in trained.items():
+        if there[name] != form:
+            raise CheckpointError(
+                f"{folder} has {name} as {there[name]}, this model as {form}: load the model with the dtype= "
+                "and the LoRA settings that it had then"
+            )
+    return weights
+
+
+@torch.no_grad()
+def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """What `read_weights` gave."""
+    for name, parameter in _trained(model).items():
         parameter.copy_(weights[name])
 
 
-def complete(folder: Path, run: str, step: int) -> None:
-    """Have the folder's files on the disk, then say that they are whole."""
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: each for name, each in model.named_parameters() if each.requires_grad}
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
+
+
+def complete(folder: Path, run: str, step: int, trunk: int = 0) -> None:
+    """Have the folder's files on the disk, then say that they are whole, and by its digest the other half."""
     digests = {}
     for file in folder.iterdir():
         if file.is_file():
             sync(file)
             digests[file.name] = digest(file)
-    note = Note(run, step, digests)
+    sync(folder)
+    note = Note(run, step, digests, trunk)
     unfinished = folder / f"{NOTE}.{secrets.token_hex(4)}"
     unfinished.write_text(json.dumps(asdict(note)))
     sync(unfinished)
     unfinished.rename(folder / NOTE)
     sync(folder)
+    # Or the whole folder could be gone after a power loss, and the server have let go of older steps.
+    sync(folder.parent)
 
 
 def note_of(folder: Path) -> Note | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitlearn.errors import DataError
+from splitlearn.errors import DataError, SettingError
 from splitlearn.training.tokens import IGNORED
 
 # B rows   T tokens
@@ -51,8 +51,22 @@ class TokenWeightedEvaluation:
 
     Its `eval_loss` is the mean over all learned tokens, as `held_out_loss` gives it, where the library's
     is the mean of the batches' means. All else of an evaluation is the library's. It fits a `Trainer`
-    of a whole model as well.
+    of a whole model as well, in one process on one device: several pad the last batches with examples
+    that have been counted already.
+
+    Raises:
+        SettingError: there are several processes or devices.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        world, devices = self.args.world_size, self.args.n_gpu  # type: ignore[attr-defined]
+        if max(world, devices) > 1:
+            raise SettingError(
+                f"a held-out loss by the token is computed by one process on one device, here are {world} "
+                f"processes with {devices} devices each: leave TokenWeightedEvaluation out, or evaluate with "
+                "held_out_loss in one process (CUDA_VISIBLE_DEVICES=0)"
+            )
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         self._mean = TokenMean()

@@ -6,8 +6,9 @@ import logging
 from pathlib import Path
 
 from splitlearn.client.remote_trunk import RemoteTrunk
-from splitlearn.errors import CheckpointError, RunLost
+from splitlearn.errors import CheckpointError, RunLost, another_training
 from splitlearn.training.checkpoint import NOTE, Note, note_of, unfinished_checkpoints, whole_checkpoints
+from splitlearn.wire.messages import RunFacts
 
 log = logging.getLogger("splitlearn")
 
@@ -24,18 +25,32 @@ def common_checkpoints(trunk: RemoteTrunk, wanted: str | bool, output_dir: Path)
             f"{output_dir if wanted is True else wanted} has no checkpoint of SplitTrainer "
             "that is whole: train from the start, without resume_from_checkpoint"
         )
-    kept = _kept_by_server(trunk, whole[0][1].run)
-    common = [folder for folder, note in whole if note.step in kept]
+    server = _server_has(trunk, whole[0][1].run)
+    common = [folder for folder, note in whole if _is_half(note, server)]
     if not common:
+        if others := [note.step for _, note in whole if note.step in server.checkpoints]:
+            raise another_training(server.name, others)
         raise CheckpointError(
             f"the server has none of this run's checkpoints (steps {[note.step for _, note in whole]}), it "
-            f"has {list(kept) or 'none'}: train from the start under another run name"
+            f"has {list(server.checkpoints) or 'none'}: train from the start under another run name"
         )
     for folder, note in whole:
         if folder == common[0]:
             break
-        skip(folder, f"the server has no checkpoint of step {note.step}")
+        if note.step in server.checkpoints:
+            skip(folder, another_training(server.name, [note.step]).message)
+        else:
+            skip(folder, f"the server has no checkpoint of step {note.step}")
     return common
+
+
+def _is_half(note: Note, server: RunFacts) -> bool:
+    """The server has this very checkpoint's other half, not one of the same name and step."""
+    if note.step not in server.checkpoints:
+        return False
+    there = server.digest_of(note.step)
+    # The server does not know the digest of a torn one, and says so when it is asked for it.
+    return note.trunk == there or 0 in (note.trunk, there)
 
 
 def skip(folder: Path, why: str) -> None:
@@ -60,8 +75,8 @@ def _own(trunk: RemoteTrunk, output_dir: Path) -> list[tuple[Path, Note]]:
     return [(folder, note) for folder, note in whole if note.run == name]
 
 
-def _kept_by_server(trunk: RemoteTrunk, name: str) -> tuple[int, ...]:
+def _server_has(trunk: RemoteTrunk, name: str) -> RunFacts:
     try:
-        return trunk.transport.run_facts(name).checkpoints
+        return trunk.transport.run_facts(name)
     except RunLost:
-        return ()
+        return RunFacts(name)

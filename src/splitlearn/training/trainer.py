@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from splitlearn.client.parts import parts_of, trunk_of
 from splitlearn.client.remote_trunk import RemoteTrunk
 from splitlearn.client.training import clip_grad_norm
 from splitlearn.config import AnomalyConfig
-from splitlearn.errors import CheckpointError, RunLost, SettingError
+from splitlearn.errors import CheckpointError, RunLost, RunTakenOver, SettingError
 from splitlearn.training.anomaly import AnomalyWatch, Verdict
 from splitlearn.training.checkpoint import (
     NOTE,
     complete,
-    load_weights,
     note_of,
+    put_weights,
+    read_weights,
     require_as_written,
     save_weights,
     whole_checkpoints,
@@ -86,9 +88,11 @@ class SplitTrainerMixin:
             CheckpointError: there is no such checkpoint.
             SettingError: without it, the run's name is that of one that has been trained already.
             RunLost: the server lost the run, and there is no checkpoint since the last time.
+            RunTakenOver: somebody else has joined or resumed the run.
         """
         if resume_from_checkpoint:
-            folder = self._go_back(resume_from_checkpoint)
+            wanted = common_checkpoints(self._trunk, resume_from_checkpoint, Path(self.args.output_dir))
+            folder = self._go_back(wanted, or_older=resume_from_checkpoint is True)
         else:
             folder = None
             self._require_fresh_run()
@@ -97,6 +101,9 @@ class SplitTrainerMixin:
             try:
                 trained: TrainOutput = super().train(folder, *args, **kwargs)  # type: ignore[misc]
                 return trained
+            except RunTakenOver:
+                # It is the other's now: to take it back would end both.
+                raise
             except RunLost as lost:
                 folder = self._roll_back(lost, folder)
 
@@ -105,13 +112,18 @@ class SplitTrainerMixin:
 
         Raises:
             RunLost: there is no checkpoint that both sides have, or none since the last loss.
+            RunTakenOver: somebody else has brought the run back before.
         """
+        self._trunk.require_own_run()
         try:
-            folder = self._go_back(True)
+            common = common_checkpoints(self._trunk, True, Path(self.args.output_dir))
+            # Compared before anything is restored: that would turn away who trains the run now.
+            newer = list(takewhile(lambda each: not _is_same(each, resumed), common))
+            if not newer:
+                raise lost
+            folder = self._go_back(newer, or_older=True)
         except (CheckpointError, RunLost):
             raise lost from None
-        if folder == resumed:
-            raise lost
         log.warning("the server lost the run (%s): both sides go back to %s", lost.message, folder)
         return folder
 
@@ -125,18 +137,18 @@ class SplitTrainerMixin:
                 "model.trunk.start_over(), or take another run name"
             )
 
-    def _go_back(self, wanted: str | bool) -> str:
-        """Make both sides what they were at the newest checkpoint that is whole on both; its folder.
+    def _go_back(self, common: Sequence[Path], *, or_older: bool) -> str:
+        """Make both sides what they were at the newest of these that is whole on both; its folder.
 
         Raises:
-            CheckpointError: there is none, or the one that is named is torn.
+            CheckpointError: none of them is, or the one that was named is torn.
         """
         torn: CheckpointError | None = None
-        for folder in common_checkpoints(self._trunk, wanted, Path(self.args.output_dir)):
+        for folder in common:
             try:
                 self._load_from_checkpoint(str(folder))
             except CheckpointError as error:
-                if wanted is True:
+                if or_older:
                     skip(folder, error.message)
                 torn = torn or error
             else:
@@ -148,6 +160,8 @@ class SplitTrainerMixin:
         """Both halves under one step; older ones go once both sides have this one."""
         output_dir = Path(self._get_output_dir(trial=trial))  # type: ignore[attr-defined]
         checkpoint = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"  # type: ignore[attr-defined]
+        # First, and before the folder is touched: it may be somebody else's who trains the run now.
+        saved, run = self._trunk.save(), self._trunk.run
         # A folder that is written again is not whole meanwhile.
         (checkpoint / NOTE).unlink(missing_ok=True)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -155,9 +169,7 @@ class SplitTrainerMixin:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
         finally:
             self.args.save_total_limit = limit
-        run = self._trunk.run
-        self._trunk.save()
-        complete(checkpoint, run.name, run.step)
+        complete(checkpoint, run.name, run.step, saved.digest_of(run.step))
         rotate_checkpoints(
             output_dir=str(output_dir),
             save_total_limit=limit,
@@ -179,8 +191,9 @@ class SplitTrainerMixin:
         if note is None:
             raise CheckpointError(f"{folder} is not whole: resume from another checkpoint")
         require_as_written(folder, note)
-        self._trunk.restore(note.run, note.step)
-        load_weights(self.model, folder)
+        weights = read_weights(self.model, folder)
+        self._trunk.restore(note.run, note.step, note.trunk)
+        put_weights(self.model, weights)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)  # type: ignore[attr-defined]
@@ -269,6 +282,10 @@ class _SkippedSteps(TrainerCallback):
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         if self._trunk.run.unapplied:
             self._trunk.skip_step()
+
+
+def _is_same(folder: Path, resumed: str | None) -> bool:
+    return resumed is not None and folder.resolve() == Path(resumed).resolve()
 
 
 def _spoil(model: nn.Module, trunk: RemoteTrunk) -> None:

@@ -165,7 +165,10 @@ class OpenRun:
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """Where a run stands: `step` optimizer steps are done, `checkpoints` are those on disk."""
+    """Where a run stands: `step` optimizer steps are done, `checkpoints` are those on disk.
+
+    `digests` are theirs, in their order.
+    """
 
     name: str
     number: int = 0
@@ -176,6 +179,11 @@ class RunFacts:
     settings: RunSettings = RunSettings()
     checkpoints: tuple[int, ...] = ()
     bytes_on_disk: int = 0
+    digests: tuple[int, ...] = ()
+
+    def digest_of(self, step: int) -> int:
+        """What tells the checkpoint of this step from any other; 0 where it is not known."""
+        return dict(zip(self.checkpoints, self.digests, strict=False)).get(step, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,6 +77,7 @@ def facts_to_proto(facts: RunFacts) -> pb.RunReply:
         version=facts.version,
         incarnation=facts.incarnation,
         checkpoints=facts.checkpoints,
+        checkpoint_digests=facts.digests,
         lora=lora_to_proto(facts.settings.lora),
         optimizer=optimizer_to_proto(facts.settings.optimizer),
         bytes_on_disk=facts.bytes_on_disk,
@@ -103,6 +104,7 @@ def facts_from_proto(proto: pb.RunReply) -> RunFacts:
         ),
         checkpoints=tuple(proto.checkpoints),
         bytes_on_disk=proto.bytes_on_disk,
+        digests=tuple(proto.checkpoint_digests),
     )
 
 

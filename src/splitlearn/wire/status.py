@@ -38,6 +38,7 @@ CLASSES: dict[pb.ErrorCode, type[SplitLearnError]] = {
     pb.STALE_GRADIENT: errors.StaleGradient,
     pb.CHECKPOINT: errors.CheckpointError,
     pb.RUN_BROKEN: errors.RunBroken,
+    pb.RUN_TAKEN_OVER: errors.RunTakenOver,
 }
 CODES = {kind: code for code, kind in CLASSES.items()}
 

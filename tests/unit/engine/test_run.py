@@ -205,6 +205,31 @@ def test_an_optimizer_that_fails_halfway_breaks_the_run_until_a_snapshot_is_rest
     assert same(weights_of(run), weights_of(undisturbed))
 
 
+def test_a_restore_that_fails_halfway_leaves_a_run_that_says_so(monkeypatch):
+    run = a_run(OptimizerSettings("adamw_torch"))
+    train(run, 1)
+    snapshot, then = run.snapshot(), weights_of(run)
+    train(run, 2)
+    published = weights_of(run)
+    with monkeypatch.context() as full:
+        full.setattr(run, "_published", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            run.restore(snapshot)
+    assert same({name: master.detach() for name, master in run.masters.items()}, then)
+    assert same(weights_of(run), published), "or it would not be a mixture"
+    assert run.facts().state == "broken"
+    for do in (run.snapshot, run.download, run.require_whole):
+        with pytest.raises(RunBroken, match=r"restoring step 1 of run notes failed halfway.*again"):
+            do()
+    run.restore(snapshot)
+    assert run.facts().state == "open"
+    assert same(weights_of(run), then)
+
+
+def out_of_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 # ---------------------------------------------------------------- order
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import resource
 import signal
 from collections.abc import Callable
@@ -190,6 +191,65 @@ def test_a_checkpoint_without_its_note_is_not_listed(store, folder):
         store.read("notes", 6)
 
 
+# ---------------------------------------------------------------- which of a name and step
+
+
+def test_a_checkpoint_is_told_from_another_of_its_name_and_step(store):
+    store.write(snapshot(3))
+    (first,) = store.digests("notes").values()
+    assert store.read("notes", 3, first).step == 3
+    store.write(snapshot(3, value=2.0))
+    (second,) = store.digests("notes").values()
+    assert 0 not in (first, second)
+    assert first != second
+    with pytest.raises(
+        CheckpointError, match=r"step 3 of run notes was not saved with this.*another run name"
+    ):
+        store.read("notes", 3, first)
+    assert store.read("notes", 3, second).step == store.read("notes", 3).step == 3
+
+
+def test_digests_are_those_of_the_listed_steps_and_a_torn_one_has_none(store, folder):
+    for step in (6, 3):
+        store.write(snapshot(step))
+    (folder(3) / NOTE).write_bytes(b"{")
+    assert tuple(store.digests("notes")) == store.steps("notes") == (3, 6)
+    assert store.digests("notes")[3] == 0
+
+
+# ---------------------------------------------------------------- on the disk before going on
+
+
+def test_all_that_a_checkpoint_is_made_of_is_on_the_disk_before_it_counts(
+    tmp_path, store, folder, monkeypatch
+):
+    done: list[tuple[str, Path]] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def noted_fsync(handle: int) -> None:
+        done.append(("sync", Path(os.readlink(f"/proc/self/fd/{handle}"))))
+        fsync(handle)
+
+    def noted_rename(source: Path, target: Path) -> Path:
+        done.append(("rename", source))
+        return rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "rename", noted_rename)
+    store.write(snapshot())
+    (named,) = [place for place, (what, _) in enumerate(done) if what == "rename"]
+    unfinished = done[named][1]
+    before = {path for _, path in done[:named]}
+    assert before == {
+        *(unfinished / name for name in (WEIGHTS, OPTIMIZER, NOTE)),
+        unfinished,
+        folder().parent,
+        tmp_path / "runs",
+        tmp_path,
+    }
+    assert done[named + 1 :] == [("sync", folder().parent)]
+
+
 # ---------------------------------------------------------------- writes that fail
 
 
@@ -221,6 +281,96 @@ def test_a_write_that_fails_at_its_last_moment_leaves_the_former_of_the_same_ste
             store.write(snapshot(value=2.0))
     assert store.steps("notes") == (3,)
     assert store.read("notes", 3).weights["layers.2.q_proj.lora_A.weight"].eq(1).all()
+
+
+def test_a_former_checkpoint_comes_back_where_only_the_last_rename_fails(store, folder, monkeypatch):
+    store.write(snapshot())
+    rename = Path.rename
+    with monkeypatch.context() as broken:
+        broken.setattr(
+            Path, "rename", lambda self, to: no_room() if self.name in unfinished(self) else rename(self, to)
+        )
+        with pytest.raises(CheckpointError, match="could not be saved"):
+            store.write(snapshot(value=2.0))
+    assert store.read("notes", 3).weights["layers.2.q_proj.lora_A.weight"].eq(1).all()
+    assert [each.name for each in folder().parent.iterdir()] == [folder().name]
+
+
+def unfinished(path: Path) -> set[str]:
+    """Of the names beside it, those of writes that have not ended."""
+    found = {each.name for each in path.parent.glob("unfinished-*")}
+    return {name for name in found if not name.endswith("-former")}
+
+
+def test_what_took_the_place_of_another_leaves_nothing_of_it(store, folder):
+    for value in (1.0, 2.0):
+        store.write(snapshot(value=value))
+    assert [each.name for each in folder().parent.iterdir()] == [folder().name]
+
+
+# ---------------------------------------------------------------- a server that was killed
+
+
+def killed_at_rename(store: RunStore, number: int, monkeypatch, value: float = 2.0) -> None:
+    """A save of step 3 that ends before its so-manieth rename, with nothing cleared up."""
+    rename, renames = Path.rename, []
+
+    def killed(self: Path, to: Path) -> Path:
+        renames.append(to)
+        if len(renames) >= number:
+            raise KeyboardInterrupt
+        return rename(self, to)
+
+    with monkeypatch.context() as dies:
+        dies.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.write(snapshot(value=value))
+
+
+def test_a_run_that_was_killed_in_its_first_save_is_listed_and_can_be_deleted(store, tmp_path, monkeypatch):
+    killed_at_rename(store, 1, monkeypatch)
+    assert (store.names(), store.has("notes"), store.steps("notes")) == (["notes"], True, ())
+    assert store.delete("notes") > 0
+    assert (store.names(), store.has("notes"), on_disk(tmp_path)) == ([], False, 0)
+
+
+def test_a_server_that_starts_clears_up_what_was_never_finished(store, folder, tmp_path, monkeypatch):
+    store.write(snapshot(6, "letters"))
+    before = on_disk(tmp_path)
+    killed_at_rename(store, 1, monkeypatch)
+    assert on_disk(tmp_path) > before
+    store.clear_up()
+    assert (store.names(), on_disk(tmp_path)) == (["letters"], before)
+    assert not folder().parent.exists()
+    assert store.read("letters", 6).step == 6
+
+
+def test_a_checkpoint_that_was_put_aside_comes_back(store, folder, monkeypatch):
+    store.write(snapshot())
+    killed_at_rename(store, 2, monkeypatch)
+    assert store.steps("notes") == (), "or it would not have been killed between the two"
+    store.clear_up()
+    assert store.read("notes", 3).weights["layers.2.q_proj.lora_A.weight"].eq(1).all()
+    assert [each.name for each in folder().parent.iterdir()] == [folder().name]
+
+
+def test_what_another_server_writes_at_this_moment_is_left_alone(store, folder, monkeypatch):
+    """Two servers of one model have one folder."""
+    write_files = checkpoint._write_files
+
+    def meanwhile(*args: object) -> None:
+        write_files(*args)
+        RunStore(folder().parents[1]).clear_up()
+
+    store.write(snapshot())
+    monkeypatch.setattr(checkpoint, "_write_files", meanwhile)
+    store.write(snapshot(value=2.0))
+    assert store.read("notes", 3).weights["layers.2.q_proj.lora_A.weight"].eq(2).all()
+
+
+def test_there_is_nothing_to_clear_up_before_the_first_save(store):
+    store.clear_up()
+    assert store.names() == []
 
 
 @contextmanager
@@ -271,6 +421,23 @@ def test_all_runs_together_stay_within_the_budget_and_what_was_saved_stays(tmp_p
     store.delete("letters")
     store.write(large(6))
     assert store.steps("notes") == (3, 6)
+
+
+def test_what_lies_outside_this_models_folder_is_named(tmp_path):
+    store = RunStore(tmp_path / "ours" / "runs", DiskBudget(tmp_path, 150_000))
+    RunStore(tmp_path / "theirs" / "runs").write(large(1))
+    theirs = on_disk(tmp_path)
+    store.write(large(1))
+    with pytest.raises(ResourceExhausted) as refused:
+        store.write(large(2))
+    assert (
+        f"{theirs:,} bytes of what is taken are not this model's ({theirs:,} in theirs, in the server's"
+        in (refused.value.message)
+    )
+    assert refused.value.facts["elsewhere_bytes"] == theirs
+    store = RunStore(tmp_path / "theirs" / "runs", DiskBudget(tmp_path / "theirs", 1))
+    with pytest.raises(ResourceExhausted, match=r"--disk-budget$"):
+        store.write(large(2))
 
 
 @pytest.mark.parametrize("settings", [EVERYTHING, RunSettings()])

@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from splitlearn.config import RunConfig
 from splitlearn.engine.adapter_table import AdapterTable
+from splitlearn.engine.run import Run
 from splitlearn.engine.run_table import RunTable
 from splitlearn.engine.tape import Tape
 from splitlearn.engine.trunk_state import TrunkState
@@ -15,6 +16,7 @@ from splitlearn.errors import (
     MessageError,
     ResourceExhausted,
     RunLost,
+    RunTakenOver,
     SettingError,
 )
 from splitlearn.model.plan import SplitPlan
@@ -152,6 +154,39 @@ def test_generation_is_given_the_runs_weights_as_they_are(table):
     assert table.adapter("notes") is run.current
     with pytest.raises(AdapterError, match="no adapter 'other'"):
         table.adapter("other")
+
+
+def test_a_restore_that_fails_halfway_breaks_a_run_that_was_open_and_leaves_no_new_one(table, monkeypatch):
+    snapshot = table.open(ME, asked()).snapshot()
+    with monkeypatch.context() as full:
+        full.setattr(Run, "_published", no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            table.restore(YOU, snapshot)
+    assert table.named("notes").facts().state == "broken"
+    table.close("notes")
+    monkeypatch.setattr(torch.optim.Optimizer, "load_state_dict", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        table.restore(YOU, snapshot)
+    assert (len(table), table.adapters()) == (0, set())
+
+
+def test_a_run_whose_optimizer_has_no_room_leaves_nothing(table, monkeypatch):
+    monkeypatch.setattr(Run, "_published", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        table.open(ME, asked())
+    assert (len(table), table.adapters()) == (0, set())
+
+
+def no_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_who_is_fenced_off_is_told_that_the_run_is_somebody_elses(table):
+    run = table.open(ME, asked())
+    table.join(YOU, "notes")
+    with pytest.raises(RunTakenOver, match=r"incarnation 2.*Let this training end"):
+        table.find(StepKey(run=run.number, incarnation=1))
+    assert table.find(StepKey(run=run.number, incarnation=2)) is run
 
 
 @pytest.mark.parametrize("is_open", [True, False])

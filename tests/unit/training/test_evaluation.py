@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from splitlearn import AutoSplitModelForCausalLM, TokenWeightedEvaluation, TrunkServer, held_out_loss
-from splitlearn.errors import DataError
+from splitlearn.errors import DataError, SettingError
 from splitlearn.testing.tiny import tiny_model, tiny_whole
 from splitlearn.training.batches import PaddedBatch
 from splitlearn.training.tokens import IGNORED
@@ -88,6 +88,16 @@ def test_a_mean_of_the_batches_means_does(whole: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_a_trainer_evaluates_by_the_token_too(whole: Any, size: int, tmp_path: Path) -> None:
     assert evaluated(WeightedTrainer, whole, size, tmp_path) == pytest.approx(by_hand(whole), rel=1e-6)
+
+
+@pytest.mark.parametrize("several", ["world_size", "n_gpu"])
+def test_several_processes_or_devices_are_refused_before_anything_runs(
+    whole: Any, several: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They pad the last batches with examples that were counted already."""
+    monkeypatch.setattr(TrainingArguments, several, 2)
+    with pytest.raises(SettingError, match=r"one process on one device, here are .*2 .*held_out_loss"):
+        evaluated(WeightedTrainer, whole, 2, tmp_path)
 
 
 def test_the_split_models_is_the_whole_models(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """A training goes on from the newest checkpoint that is whole on both sides, whatever became of the newer."""
 
+import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,9 +15,17 @@ from transformers import TrainerCallback, TrainingArguments
 from splitlearn import AutoSplitModelForCausalLM, SplitTrainer, TrunkServer
 from splitlearn.engine.disk_budget import DiskBudget
 from splitlearn.engine.run import Run
-from splitlearn.errors import CheckpointError, ResourceExhausted, RunBroken, StepOutOfOrder
+from splitlearn.errors import (
+    CheckpointError,
+    ResourceExhausted,
+    RunBroken,
+    RunLost,
+    RunTakenOver,
+    StepOutOfOrder,
+    UnsupportedCall,
+)
 from splitlearn.testing.tiny import tiny_model
-from splitlearn.training.checkpoint import NOTE, WEIGHTS
+from splitlearn.training.checkpoint import NOTE, WEIGHTS, note_of
 
 WAIT_S, MAX_CHECKPOINTS = 20, 6
 IDS = torch.randint(4, 100, (8, 6), generator=torch.Generator().manual_seed(1))
@@ -209,8 +218,145 @@ def test_without_a_checkpoint_the_user_is_told_what_to_do_and_can_begin_anew(
         with pytest.raises(RunBroken):
             model.trunk.save()
         model.trunk.start_over()
+        again = trainer(model, tmp_path / "again", 1, save_strategy="no", optim="adamw_torch")
+        with pytest.raises(UnsupportedCall, match="load the model again"):
+            again.train()
+        with pytest.raises(UnsupportedCall, match="load the model again"):
+            model(IDS[:1], labels=IDS[:1])
+    with loaded() as model:
         trainer(model, tmp_path / "again", 1, save_strategy="no", optim="adamw_torch").train()
         assert model.trunk.run.step == 1
+
+
+def test_the_other_way_round_is_as_good(loaded, tmp_path) -> None:
+    """Loaded again, and only then started over, as the error of a broken run says."""
+    with loaded() as model:
+        trainer(model, tmp_path / "out", 2, save_strategy="no").train()
+        expected = model.adapter_weights()
+    with loaded() as model:
+        model.trunk.start_over()
+        trainer(model, tmp_path / "again", 2, save_strategy="no").train()
+        weights = model.adapter_weights()
+    assert all(torch.equal(weights[name], each) for name, each in expected.items())
+
+
+def test_a_model_that_has_resumed_does_not_go_on_with_a_fresh_trunk_either(loaded, output) -> None:
+    with loaded() as model:
+        trainer(model, output, 3).train(resume_from_checkpoint=True)
+        model.trunk.start_over()
+        with pytest.raises(UnsupportedCall, match="load the model again"):
+            trainer(model, output, 4).train()
+
+
+# ---------------------------------------------------------------- halves of different trainings
+
+
+def test_halves_of_different_trainings_under_one_name_are_not_joined(loaded, output, tmp_path) -> None:
+    with loaded() as model:
+        model.trunk.start_over()
+        trainer(model, tmp_path / "other", 3, learning_rate=0.5).train()
+    for wanted in (True, str(output / "checkpoint-2")):
+        with pytest.raises(CheckpointError, match=r"run .* started over.*another run name"):
+            resume(loaded, output, wanted)
+    note = note_of(output / "checkpoint-3")
+    with loaded() as model, pytest.raises(CheckpointError, match="started over"):
+        model.trunk.restore(note.run, note.step, note.trunk)
+    assert resume(loaded, tmp_path / "other")[0] == 3, "its own half is still there"
+
+
+def test_a_training_that_was_continued_elsewhere_is_not_joined_with_what_came_of_it(
+    loaded, output, tmp_path
+) -> None:
+    with loaded() as model:
+        other = trainer(model, tmp_path / "other", 3)
+        other.train_dataset = DATA[::-1]
+        other.train(resume_from_checkpoint=str(output / "checkpoint-1"))
+        assert model.trunk.transport.run_facts(tmp_path.name).checkpoints == (2, 3)
+    with pytest.raises(CheckpointError, match=r"steps 3, 2 of run .* trained on from elsewhere"):
+        resume(loaded, output)
+    assert resume(loaded, tmp_path / "other")[0] == 3
+
+
+def test_a_note_from_before_notes_named_the_other_half_is_still_taken(loaded, output) -> None:
+    for note in output.glob(f"checkpoint-*/{NOTE}"):
+        told = json.loads(note.read_text())
+        assert told.pop("trunk")
+        note.write_text(json.dumps(told))
+    assert resume(loaded, output)[0] == 3
+
+
+# ---------------------------------------------------------------- a run that somebody else takes over
+
+
+class Meanwhile(TrainerCallback):
+    """Something that happens once, after this step."""
+
+    def __init__(self, step: int, do: Callable[[], Any]) -> None:
+        self.step, self.do = step, do
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.step = 0
+            self.do()
+
+
+@pytest.mark.parametrize("is_lost", [False, True], ids=["while it is open", "after the server had lost it"])
+@pytest.mark.parametrize("save_steps", [1, 2], ids=["before a save", "before a step"])
+def test_the_older_of_two_trainings_ends_and_the_newer_one_goes_on(
+    server, loaded, tmp_path, is_lost, save_steps
+) -> None:
+    with loaded() as older, loaded() as newer:
+
+        def take_over() -> None:
+            if is_lost:
+                server.engine.runs.close(tmp_path.name).result(WAIT_S)
+            newest = max(older.trunk.transport.run_facts(tmp_path.name).checkpoints)
+            newer.trunk.restore(tmp_path.name, newest)
+
+        one = trainer(older, tmp_path / "out", 6, save_steps=save_steps)
+        one.add_callback(Meanwhile(3, take_over))
+        with pytest.raises(RunTakenOver, match="et this training end"):
+            one.train()
+        newest = 2
+        assert folders(tmp_path / "out") == {
+            f"checkpoint-{step}" for step in range(save_steps, 3, save_steps)
+        }
+        assert newer.trunk.run.step == newest
+        step(newer)
+        assert newer.trunk.save().step == newest + 1
+
+
+def test_a_run_is_not_restored_to_the_checkpoint_that_did_not_help(server, loaded, output, tmp_path) -> None:
+    """Lost again before a newer one: the loss is told, and the server's run is left as it is."""
+    lose = Meanwhile(4, lambda: server.engine.runs.close(tmp_path.name).result(WAIT_S))
+    with loaded() as model:
+        one = trainer(model, output, 6, save_steps=9)
+        one.add_callback(lose)
+        with pytest.raises(RunLost):
+            one.train(resume_from_checkpoint=True)
+        assert model.trunk.transport.run_facts(tmp_path.name).state == "saved"
+
+
+def test_what_clipping_found_before_the_loss_scales_no_later_step(loaded, output) -> None:
+    with loaded() as model:
+        model.trunk.gradient_scale = 0.5
+        model.trunk.restore(note_of(output / "checkpoint-3").run, 3)
+        assert model.trunk.gradient_scale == 1.0
+
+
+def test_a_model_of_another_dtype_takes_nothing_from_a_checkpoint_and_nobodys_run(
+    server, loaded, tmp_path
+) -> None:
+    how = {"full": ["top"]}
+    with loaded(**how) as model:
+        trainer(model, tmp_path / "out", 1).train()
+        with (
+            loaded(**how, dtype="bfloat16") as other,
+            pytest.raises(CheckpointError, match=r"as float32 .*this model as bfloat16"),
+        ):
+            trainer(other, tmp_path / "out", 2).train(resume_from_checkpoint=True)
+        step(model)
+        assert model.trunk.run.incarnation == 1, "nobody was turned away"
 
 
 # ---------------------------------------------------------------- a full disk

@@ -79,6 +79,7 @@ class ErrorCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STALE_GRADIENT: _ClassVar[ErrorCode]
     CHECKPOINT: _ClassVar[ErrorCode]
     RUN_BROKEN: _ClassVar[ErrorCode]
+    RUN_TAKEN_OVER: _ClassVar[ErrorCode]
 DTYPE_UNSPECIFIED: DType
 FLOAT32: DType
 BFLOAT16: DType
@@ -134,6 +135,7 @@ TAPE_EXPIRED: ErrorCode
 STALE_GRADIENT: ErrorCode
 CHECKPOINT: ErrorCode
 RUN_BROKEN: ErrorCode
+RUN_TAKEN_OVER: ErrorCode
 
 class CodecParameters(_message.Message):
     __slots__ = ("group_size", "bits", "ratio", "scales")
@@ -639,28 +641,34 @@ class RunRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., client: _Optional[bytes] = ...) -> None: ...
 
 class SaveRunRequest(_message.Message):
-    __slots__ = ("name", "client", "step", "acknowledged_step", "kept_steps")
+    __slots__ = ("name", "client", "step", "acknowledged_step", "kept_steps", "run", "incarnation")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     ACKNOWLEDGED_STEP_FIELD_NUMBER: _ClassVar[int]
     KEPT_STEPS_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
     name: str
     client: bytes
     step: int
     acknowledged_step: int
     kept_steps: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, name: _Optional[str] = ..., client: _Optional[bytes] = ..., step: _Optional[int] = ..., acknowledged_step: _Optional[int] = ..., kept_steps: _Optional[_Iterable[int]] = ...) -> None: ...
+    run: int
+    incarnation: int
+    def __init__(self, name: _Optional[str] = ..., client: _Optional[bytes] = ..., step: _Optional[int] = ..., acknowledged_step: _Optional[int] = ..., kept_steps: _Optional[_Iterable[int]] = ..., run: _Optional[int] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class RestoreRunRequest(_message.Message):
-    __slots__ = ("name", "client", "step")
+    __slots__ = ("name", "client", "step", "digest")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     name: str
     client: bytes
     step: int
-    def __init__(self, name: _Optional[str] = ..., client: _Optional[bytes] = ..., step: _Optional[int] = ...) -> None: ...
+    digest: int
+    def __init__(self, name: _Optional[str] = ..., client: _Optional[bytes] = ..., step: _Optional[int] = ..., digest: _Optional[int] = ...) -> None: ...
 
 class Member(_message.Message):
     __slots__ = ("client", "incarnation", "state", "last_step", "lease_left_s")
@@ -677,7 +685,7 @@ class Member(_message.Message):
     def __init__(self, client: _Optional[bytes] = ..., incarnation: _Optional[int] = ..., state: _Optional[str] = ..., last_step: _Optional[int] = ..., lease_left_s: _Optional[float] = ...) -> None: ...
 
 class RunReply(_message.Message):
-    __slots__ = ("name", "run", "state", "step", "version", "incarnation", "members", "checkpoints", "lora", "optimizer", "cohort", "bytes_on_disk", "precision", "seed", "allow_download")
+    __slots__ = ("name", "run", "state", "step", "version", "incarnation", "members", "checkpoints", "lora", "optimizer", "cohort", "bytes_on_disk", "precision", "seed", "allow_download", "checkpoint_digests")
     NAME_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -693,6 +701,7 @@ class RunReply(_message.Message):
     PRECISION_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     ALLOW_DOWNLOAD_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_DIGESTS_FIELD_NUMBER: _ClassVar[int]
     name: str
     run: int
     state: str
@@ -708,7 +717,8 @@ class RunReply(_message.Message):
     precision: Precision
     seed: int
     allow_download: bool
-    def __init__(self, name: _Optional[str] = ..., run: _Optional[int] = ..., state: _Optional[str] = ..., step: _Optional[int] = ..., version: _Optional[int] = ..., incarnation: _Optional[int] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[int]] = ..., lora: _Optional[_Union[LoraSettings, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSettings, _Mapping]] = ..., cohort: _Optional[_Union[CohortSettings, _Mapping]] = ..., bytes_on_disk: _Optional[int] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ..., seed: _Optional[int] = ..., allow_download: bool = ...) -> None: ...
+    checkpoint_digests: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., run: _Optional[int] = ..., state: _Optional[str] = ..., step: _Optional[int] = ..., version: _Optional[int] = ..., incarnation: _Optional[int] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[int]] = ..., lora: _Optional[_Union[LoraSettings, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSettings, _Mapping]] = ..., cohort: _Optional[_Union[CohortSettings, _Mapping]] = ..., bytes_on_disk: _Optional[int] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ..., seed: _Optional[int] = ..., allow_download: bool = ..., checkpoint_digests: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ListRunsRequest(_message.Message):
     __slots__ = ("client",)
