@@ -10,7 +10,7 @@ from splitlearn.testing.parity import ALONE, BATCHED
 from splitlearn.testing.tiny import PROVEN, UNLISTED, VARIANTS
 
 CLOSE = 5e-5
-"""These models are lively: the whole one is 5e-6 from itself in float64, and roundings of the bottom's grow on."""
+"""These models are lively: the whole one is 5e-6 from itself in float64; what the bottom rounds grows on."""
 CHECKS = ALONE | BATCHED
 NAMES = ("logits_with_cache", "greedy", "beams", "prompt_lookup", "batched_logits", "batched_greedy")
 
