@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -200,13 +201,21 @@ def test_a_close_that_overtakes_the_opening_of_its_session_closes_it(
     monkeypatch.setattr(step_stream.Lane, "_requests", requests)
     assert same_logits(pair)
     further.append(bulk(pair)._lanes[1])
-    ran = pair.engine.ran.batches
+    answers: SimpleQueue[Any] = SimpleQueue()
+    submit = pair.engine.submit
+
+    def submitted(*step: Any) -> Any:
+        answers.put(answer := submit(*step))
+        return answer
+
+    monkeypatch.setattr(pair.engine, "submit", submitted)
     pair.split.trunk._config = ClientConfig(decode_s=1.0)
     holding.set()
     with pytest.raises(StepTimeout, match="decode_s, prefill_s"), torch.no_grad():
         pair.split(IDS, use_cache=True)
+    assert answers.empty(), "the opening is behind the first of the closes"
     given_up.set()
-    assert until(lambda: pair.engine.ran.batches > ran), "the opening arrived after all"
+    answers.get(timeout=DEADLINE_S).result(DEADLINE_S)
     assert until(lambda: pair.engine.open_sessions == 0)
     assert not bulk(pair).is_broken
 
