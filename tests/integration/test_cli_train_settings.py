@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from splitlearn import TrunkServer
 from splitlearn.cli.main import app
-from splitlearn.engine.engine import Engine
+from splitlearn.engine.run_requests import RunRequests
 from splitlearn.model import devices
 from splitlearn.vocabulary import RunSettings, TapeSettings
 from splitlearn.wire.messages import OpenRun
@@ -26,13 +26,13 @@ Say = Callable[..., tuple[str, Path]]
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[RunSettings]:
     """The settings of each run that the server was asked for."""
     seen: list[RunSettings] = []
-    open_run = Engine.open_run
+    open_run = RunRequests.open
 
-    def note(engine: Engine, client: bytes, asked: OpenRun) -> Any:
+    def note(runs: RunRequests, client: bytes, asked: OpenRun) -> Any:
         seen.append(asked.settings)
-        return open_run(engine, client, asked)
+        return open_run(runs, client, asked)
 
-    monkeypatch.setattr(Engine, "open_run", note)
+    monkeypatch.setattr(RunRequests, "open", note)
     return seen
 
 

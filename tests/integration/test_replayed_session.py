@@ -12,6 +12,7 @@ from splitlearn.bench.replayed_session import Replay, ReplayedSession
 from splitlearn.client.calls import describe
 from splitlearn.errors import SplitMismatch, TrunkUnreachable
 
+WAIT_S = 30.0
 PROMPT, TEXT, LEASE_S = 3, 16, 1.0
 REPLAY = Replay(PROMPT, TEXT)
 
@@ -50,6 +51,9 @@ def test_it_is_cropped_before_it_outgrows_what_the_server_holds(server):
 
 def test_once_closed_it_holds_nothing_on_the_server(server):
     with_session(server, lambda session: session.step())
+    until = time.monotonic() + WAIT_S
+    while server.engine.open_sessions and time.monotonic() < until:
+        time.sleep(0.01)
     assert server.engine.open_sessions == 0
 
 
