@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 
 from splitlearn import AutoSplitModelForCausalLM, TrunkServer
-from splitlearn.client.grpc_transport import delete_run, list_runs
+from splitlearn.client.calls import delete_run, list_runs
 from splitlearn.errors import MessageError, RunLost
 from splitlearn.testing import tiny_model
 from splitlearn.vocabulary import StepKey
