@@ -144,10 +144,8 @@ FULL = [(family, {"full": ENDS}) for family in ("llama", "qwen3", "mixtral", "gp
 APART = [
     ("llama", {"full": ["bottom"]}),
     ("llama", {"full": ["top"]}),
-    ("llama", {"full": ["top"], "freeze": ["bottom"]}),
     ("llama", {"full": ["bottom"], "freeze": ["trunk"]}),
     ("opt", {"full": ["top"]}),
-    ("gpt2", {"full": ["top"]}),
     ("gpt2", {"full": ["top"], "freeze": ["bottom"]}),
     ("llama", {"freeze": ["bottom"]}),
     ("llama", {"freeze": ["top"]}),
