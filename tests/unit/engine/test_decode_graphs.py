@@ -11,6 +11,7 @@ from splitlearn.engine import decode_graphs
 from splitlearn.testing.pair import Pair, lively_model, served_pair
 from splitlearn.testing.parity import batched_greedy, greedy
 
+pytestmark = pytest.mark.slow
 IDS = torch.randint(4, 128, (1, 6), generator=torch.Generator().manual_seed(1))
 
 
