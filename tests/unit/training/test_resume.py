@@ -27,6 +27,7 @@ from splitlearn.errors import (
 from splitlearn.testing.tiny import tiny_model
 from splitlearn.training.checkpoint import NOTE, WEIGHTS, note_of
 
+pytestmark = pytest.mark.slow
 WAIT_S, MAX_CHECKPOINTS = 20, 6
 IDS = torch.randint(4, 100, (8, 6), generator=torch.Generator().manual_seed(1))
 DATA = [{"input_ids": row, "labels": row} for row in IDS]
