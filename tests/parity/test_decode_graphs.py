@@ -33,9 +33,9 @@ def test_at_fixed_shapes_the_split_model_is_the_whole_model(pair: Pair, name: st
     assert found.texts_equal
     # Two beams whose scores tie within rounding may stand in either order meanwhile.
     assert name == "beams" or found.relative <= CLOSE
-    assert theirs.proven
-    assert not theirs.failed
-    assert not ours.failed
+    assert theirs.first_steps.proven
+    assert not theirs.first_steps.failed
+    assert not ours.first_steps.failed
     assert (ours.steps > before) != _slides(pair)
 
 

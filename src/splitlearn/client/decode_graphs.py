@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from splitlearn.client.call_context import Call, CallContext
 from splitlearn.client.leased_layer import Held, Lease, LeasedLayer
 from splitlearn.model.decode_attention import attending_to_one_token
+from splitlearn.model.first_steps import FirstSteps
 from splitlearn.model.masks import ragged
 from splitlearn.model.static_layer import FEWEST_COLUMNS, StaticLayer, bucket
 
@@ -29,9 +30,6 @@ from splitlearn.model.static_layer import FEWEST_COLUMNS, StaticLayer, bucket
 
 log = structlog.get_logger("splitlearn.client")
 WARM_UP = 2
-PROOFS = 3
-CLOSE = {2: 0.1, 4: 1e-3, 8: 1e-6}
-"""How far apart, relative to the largest value, logits in a dtype of so many bytes may be."""
 TAKEN = frozenset({"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"})
 IGNORED = frozenset({"return_dict", "logits_to_keep"})
 """Without a meaning where there is one new token."""
@@ -69,15 +67,13 @@ class ClientGraphs:
         self._max_positions = max_positions
         self._graphs: dict[tuple[int, int], DecodeGraph] = {}
         self._lock = threading.Lock()
-        self._proofs_left = PROOFS
-        self.proven = False
-        self.failed = False
+        self.first_steps = FirstSteps(log, self._graphs.clear)
         self.steps = 0
         """Steps that were taken here."""
 
     def step(self, asked: dict[str, Any]) -> Any | None:
         """The forward's answer to these arguments; None where it is not a step for a graph."""
-        if self.failed or not _is_decode_step(asked) or not self._lock.acquire(blocking=False):
+        if self.first_steps.failed or not _is_decode_step(asked) or not self._lock.acquire(blocking=False):
             return None
         try:
             return self._step(asked)
@@ -88,11 +84,11 @@ class ClientGraphs:
         cache, ids_B1 = asked["past_key_values"], asked["input_ids"]
         if not self._can_lease(cache, ids_B1.shape[0]):
             return None
-        before = None if self.proven else self._copy(cache)
+        before = None if self.first_steps.proven else self._copy(cache)
         try:
             graph, lease = self._leased(cache, ids_B1)
         except Exception as error:
-            self._give_up(error)
+            self.first_steps.give_up(error)
             return None
         call = Call(asked.get("attention_mask"), asked.get("position_ids"), cache)
         if graph is None or lease is None or not _fits(call.mask_BL, len(ids_B1), lease.length + 1):
@@ -174,21 +170,9 @@ class ClientGraphs:
         """Compare the first steps with the family's own; what that gave is the answer."""
         with self._context.standing_in(lambda hidden_B1D: state_B1D):
             expected = self._forward(**asked)
-        ours, theirs = answer["logits"].float(), expected["logits"].float()
-        apart = float((ours - theirs).abs().max() / theirs.abs().max())
-        self._proofs_left -= 1
-        if apart <= CLOSE[answer["logits"].dtype.itemsize]:
-            self.proven = True
-        elif not self._proofs_left:
-            self._give_up(ValueError(f"a step differs from the family's own by {apart:.2g}"))
+        self.first_steps.compare(answer["logits"], expected["logits"])
         expected["past_key_values"] = cache
         return expected
-
-    def _give_up(self, error: Exception) -> None:
-        self.failed = True
-        self._graphs.clear()
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        log.warning("decode steps run one kernel after another: they cannot be recorded here", error=reason)
 
 
 class DecodeGraph:

@@ -19,6 +19,7 @@ from splitlearn.engine.batch_plan import BatchPlan
 from splitlearn.engine.kv_cache import KvCache
 from splitlearn.engine.trunk_state import BARE, AdapterVersion
 from splitlearn.model.decode_attention import attending_to_one_token
+from splitlearn.model.first_steps import FirstSteps
 from splitlearn.model.masks import ragged
 from splitlearn.model.segments import TrunkSegment
 from splitlearn.model.static_layer import FEWEST_COLUMNS, StaticLayer, bucket
@@ -26,9 +27,6 @@ from splitlearn.model.static_layer import FEWEST_COLUMNS, StaticLayer, bucket
 # R rows of a bucket   B rows of a batch   D hidden   K columns
 
 log = structlog.get_logger("splitlearn.engine")
-PROOFS = 3
-CLOSE = {2: 0.1, 4: 1e-3, 8: 1e-6}
-"""How far apart, relative to the largest value, steps in a dtype of so many bytes may be."""
 WARM_UP = 2
 SLOT, COLUMN, POSITION = range(3)
 
@@ -53,43 +51,23 @@ class DecodeGraphs:
         self._graphs: dict[tuple[int, int], DecodeGraph] = {}
         # One after another they run, so they may share what they compute in.
         self._pool = torch.cuda.graph_pool_handle() if trunk.device.type == "cuda" else None
-        self._proofs_left = PROOFS
-        self.proven = False
-        """Whether a step at a fixed shape gave what the family's own forward gives."""
-        self.failed = False
+        self.first_steps = FirstSteps(log, self._graphs.clear)
         self.recorded = 0
         """How many graphs were made: in steady state this number stands still."""
 
     def take(self, plan: BatchPlan, adapter: AdapterVersion, autocast: str) -> bool:
         """Whether this batch can run here."""
         fits = plan.tokens == 1 and len(plan.slots) <= self._max_rows
-        return fits and adapter is BARE and not autocast and not self.failed
+        return fits and adapter is BARE and not autocast and not self.first_steps.failed
 
     def run(self, plan: BatchPlan, activation_B1D: Tensor, positions_B1: Tensor | None) -> Tensor | None:
         """(B, 1, D) on the CPU, complete; None where it could not be recorded and nothing was changed."""
         try:
             graph = self._graph_for(plan)
         except Exception as error:
-            self._give_up(error)
+            self.first_steps.give_up(error)
             return None
         return graph.run(plan, activation_B1D, positions_B1)
-
-    def prove(self, decoded_B1D: Tensor, expected_B1D: Tensor) -> None:
-        """Compare the first steps with the family's own: one that looks at the wrong columns is far off.
-
-        Several, because two experts whose scores tie may be chosen differently.
-        """
-        decoded_B1D, expected_B1D = decoded_B1D.float().cpu(), expected_B1D.float().cpu()
-        apart = float((decoded_B1D - expected_B1D).abs().max() / expected_B1D.abs().max())
-        self._proofs_left -= 1
-        if apart <= CLOSE[self._trunk.dtype.itemsize]:
-            self.proven = True
-        elif not self._proofs_left:
-            self._give_up(ValueError(f"a step differs from the family's own by {apart:.2g}"))
-
-    def record(self, rows: int, columns: int) -> None:
-        """Make the graph that batches of so many rows and columns will need."""
-        self._graph(bucket(rows), self._columns(columns))
 
     def _graph_for(self, plan: BatchPlan) -> DecodeGraph:
         return self._graph(bucket(len(plan.slots)), self._columns(plan.length))
@@ -109,12 +87,6 @@ class DecodeGraphs:
             took_s = round(time.monotonic() - started, 2)
             log.info("decode graph recorded", rows=rows, columns=columns, seconds=took_s)
         return graph
-
-    def _give_up(self, error: Exception) -> None:
-        self.failed = True
-        self._graphs.clear()
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        log.warning("decode steps run one kernel after another: they cannot be recorded here", error=reason)
 
 
 class DecodeGraph:

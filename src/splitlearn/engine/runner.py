@@ -16,6 +16,7 @@ from splitlearn.engine.decode_graphs import DecodeGraphs
 from splitlearn.engine.kv_cache import KvCache, LayerShape
 from splitlearn.engine.slot_cache import SlotCache
 from splitlearn.engine.trunk_state import BARE, AdapterVersion, TrunkState
+from splitlearn.model.first_steps import FirstSteps
 from splitlearn.model.masks import ragged
 from splitlearn.model.segments import TrunkSegment
 from splitlearn.wire.dtypes import dtype_named
@@ -29,8 +30,6 @@ class Ran:
 
     activation_BTD: Tensor
     device_us: int
-    is_proven: bool = True
-    """Whether the way that it was computed has been compared with the family's own."""
 
 
 class Runner:
@@ -62,11 +61,11 @@ class Runner:
         """
         self._state.set(adapter)
         decoded = self._decode(plan, activation_BTD, positions_BT, adapter, autocast)
-        if decoded is not None and decoded.is_proven:
+        if decoded is not None and self._first_steps.proven:
             return decoded
         ran = self._run_family(plan, activation_BTD, positions_BT, padded=padded, autocast=autocast)
-        if decoded is not None and self._graphs is not None:
-            self._graphs.prove(decoded.activation_BTD, ran.activation_BTD)
+        if decoded is not None:
+            self._first_steps.compare(decoded.activation_BTD, ran.activation_BTD)
         return ran
 
     def _decode(
@@ -82,7 +81,7 @@ class Runner:
             return None
         with torch.inference_mode(), timed(self._trunk.device) as clock:
             out_BTD = self._graphs.run(plan, activation_BTD, positions_BT)
-        return None if out_BTD is None else Ran(out_BTD, clock.us, self._graphs.proven)
+        return None if out_BTD is None else Ran(out_BTD, clock.us)
 
     def _run_family(
         self,
@@ -135,6 +134,11 @@ class Runner:
             past_key_values=self._cache,
         )
         return out_BTD
+
+    @property
+    def _first_steps(self) -> FirstSteps:
+        assert self._graphs is not None, "a step was taken at a fixed shape"
+        return self._graphs.first_steps
 
     @contextlib.contextmanager
     def _ready(self, autocast: str) -> Iterator[None]:

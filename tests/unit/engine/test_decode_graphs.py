@@ -42,7 +42,7 @@ def test_a_forward_that_cannot_be_recorded_runs_as_it_is(pair: Pair, monkeypatch
 
     monkeypatch.setattr(decode_graphs.DecodeGraph, "__init__", refuse)
     assert greedy(pair).texts_equal
-    assert pair.engine.graphs.failed
+    assert pair.engine.graphs.first_steps.failed
     assert greedy(pair).texts_equal
 
 
@@ -54,8 +54,8 @@ def test_a_step_that_looks_at_the_wrong_columns_is_noticed_before_it_is_answered
     found = greedy(pair)
     assert found.texts_equal
     assert found.relative <= 1e-5
-    assert pair.engine.graphs.failed
-    assert not pair.engine.graphs.proven
+    assert pair.engine.graphs.first_steps.failed
+    assert not pair.engine.graphs.first_steps.proven
 
 
 def test_rows_that_fill_a_bucket_up_leave_no_trace(pair: Pair) -> None:
