@@ -11,6 +11,7 @@ split      the library's `generate()` over the split model, client and server as
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import statistics
@@ -230,16 +231,20 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(SECTIONS))
     parser.add_argument("--modes", nargs="+", default=list(MODES), help="of the server: off, default, max")
     parser.add_argument("--client-modes", nargs="+", default=["off"], help="the same of the client")
+    parser.add_argument("--model", type=Path, help="the model's folder, kept; made where it is not there")
     parser.add_argument("--output", type=Path, help="write the figures there, as JSON")
     given = parser.parse_args()
     bench = Bench(given.cpu)
     name = "cpu" if given.cpu else torch.cuda.get_device_name()
     bench.note("machine", device=name, torch=torch.__version__)
     shared = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
-        started = time.monotonic()
-        bench.save_model(folder)
-        bench.note("model saved", seconds=time.monotonic() - started)
+    with contextlib.ExitStack() as ends:
+        made = ends.enter_context(tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None))
+        folder = str(given.model or made)
+        if not Path(folder, "config.json").is_file():
+            started = time.monotonic()
+            bench.save_model(folder)
+            bench.note("model saved", seconds=time.monotonic() - started)
         sections: dict[str, Callable[[], None]] = {
             "trunk": lambda: trunk(bench, folder, tuple(given.modes)),
             "whole": lambda: whole(bench, folder),

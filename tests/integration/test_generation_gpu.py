@@ -15,9 +15,19 @@ FAMILIES = ["llama", "gemma3_text", "gpt2", "gpt_oss", "deepseek_v3", "bloom"]
 CLOSE = 1e-4
 
 
+@pytest.fixture(scope="module", params=["off", "default"])
+def compile(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    with served_pair(lively_model(request.param, tmp_path_factory.mktemp("model")), device="cuda") as pair:
+def pair(
+    request: pytest.FixtureRequest, compile: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Pair]:
+    """`default` on both sides: decode steps as CUDA graphs."""
+    folder = lively_model(request.param, tmp_path_factory.mktemp("model"))
+    how = {"compile": compile}
+    with served_pair(folder, device="cuda", client={"compile": compile}, **how) as pair:
         assert pair.engine.trunk.device.type == pair.split.device.type == "cuda"
         yield pair
 
