@@ -214,12 +214,55 @@ def split(bench: Bench, folder: str, modes: tuple[str, ...], client_modes: tuple
                     ms=1e3 / speed,
                     trunk_ms=timings.device_us / 1e3,
                 )
+                if bench.device == "cuda" and ours != "off":
+                    client_apart(bench, model, ours)
                 model.close()
                 del model
                 bench.free()
         finally:
             server.stdin.close()
             server.wait(60)
+
+
+def client_apart(bench: Bench, model: Any, mode: str) -> None:
+    """Where a token's time goes outside of the trunk: the client's two graphs, the way, the loop."""
+    graphs = model.decode_graphs
+    recorded = next(iter(graphs._graphs.values()))._recorded
+    below, above = (device_ms(part.replay) for part in (recorded._bottom, recorded._top))
+    crossings, trunk = [], []
+    exchange = graphs._exchange
+
+    def timed_exchange(*args: Any) -> torch.Tensor:
+        bench.synchronize()
+        started = time.perf_counter()
+        answer = exchange(*args)
+        crossings.append((time.perf_counter() - started) * 1e3)
+        trunk.append(model.trunk.last_timings.device_us / 1e3)
+        return answer
+
+    graphs._exchange = timed_exchange
+    ms = 1e3 / tokens_per_s(bench, model, 1)
+    crossing, device = statistics.median(crossings), statistics.median(trunk)
+    bench.note(
+        f"client {mode} apart",
+        ms=ms,
+        bottom_ms=below,
+        top_ms=above,
+        trunk_ms=device,
+        way_ms=crossing - device,
+        rest_ms=ms - crossing - below - above,
+    )
+
+
+def device_ms(work: Callable[[], object], times: int = 50) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    work()
+    begin.record()
+    for _ in range(times):
+        work()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / times
 
 
 # ---------------------------------------------------------------- all
