@@ -10,6 +10,7 @@ import time
 from splitlearn.bench.worker import do_as_told
 
 PIECE_BYTES = 1 << 17
+RATE_S = 30.0
 BURST_S = 3e-3
 """So much of what passed late is made up for, as sleeping is no more precise: 375 KB at 1 Gbit/s."""
 
@@ -49,6 +50,31 @@ class LinkProcess:
 
         threading.Thread(target=accept, daemon=True).start()
         return f"127.0.0.1:{listener.getsockname()[1]}"
+
+    def rate(self, bytes_per_s: float, size: int) -> float:
+        """Bytes a second at which so many pass such a link, one way and back again."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+
+            def echo() -> None:
+                connection, _ = server.accept()
+                connection.sendall(_received(connection, size))
+
+            threading.Thread(target=echo, daemon=True).start()
+            host, port = self.open("{}:{}".format(*server.getsockname()), bytes_per_s).rsplit(":", 1)
+            with socket.create_connection((host, int(port)), RATE_S) as connection:
+                began = time.perf_counter()
+                connection.sendall(bytes(size))
+                _received(connection, size)
+                return 2 * size / (time.perf_counter() - began)
+
+
+def _received(connection: socket.socket, size: int) -> bytearray:
+    data = bytearray(size)
+    view = memoryview(data)
+    got = 0
+    while got < size:
+        got += connection.recv_into(view[got:])
+    return data
 
 
 def _pump(source: socket.socket, target: socket.socket, pace: Pace) -> None:

@@ -37,6 +37,7 @@ WARM_UP_S = 1.0
 PROCESSES = {1: 1, 8: 4, 32: 8}
 """Of the load, by its sessions."""
 LINK_BYTES_PER_S = 1e9 / 8
+LINK_CHECK_BYTES = 16 << 20
 # Wanted of them.
 TOTAL_TOKENS_PER_S, STEPS_PER_S, OF_ONE_ALONE, BUSY, LONGEST_MS, CACHE_GAIN = 1600, 2000, 0.75, 0.8, 60, 25
 
@@ -366,6 +367,7 @@ def cache(on: Stage) -> None:
     few = on.size.uncached_tokens
     (address,) = all_do([on.link], "open", address=on.address, bytes_per_s=LINK_BYTES_PER_S)
     on.load(client, address)
+    (link_rate,) = all_do([on.link], "rate", bytes_per_s=LINK_BYTES_PER_S, size=LINK_CHECK_BYTES)
 
     def tokens_per_s(prompt: int, tokens: int, **how: Any) -> float:
         (told,) = all_do(client, "generate", rows=1, prompt_tokens=prompt, new_tokens=tokens, **how)
@@ -382,6 +384,7 @@ def cache(on: Stage) -> None:
             cached_tokens_per_s=cached,
             uncached_tokens_per_s=uncached,
             gain=cached / uncached,
+            link_gbit_per_s=link_rate * 8 / 1e9,
             **({"wanted": CACHE_GAIN} if prompt == max(on.size.prompts) else {}),
         )
     all_do(client, "unload")
