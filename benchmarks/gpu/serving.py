@@ -47,6 +47,7 @@ class Size:
     """How much of everything; the tiny one only tries the script."""
 
     loads: int = 8
+    threads: int = 8
     clients: int = 4
     rows: int = 8
     seconds: float = 4.0
@@ -63,6 +64,7 @@ class Size:
 
 TINY_SIZE = Size(
     loads=2,
+    threads=1,
     clients=2,
     rows=2,
     seconds=1.0,
@@ -123,6 +125,8 @@ def stage(bench: Bench, folder: str, mode: str, client_mode: str, wait_ms: float
             model=folder,
             device=bench.device,
             compile=mode,
+            # A process of this kind has one thread unless it is told otherwise.
+            threads=size.threads,
             batching={"wait_ms": wait_ms},
             sessions={"session_tokens": size.session_tokens, "kv_budget_bytes": size.kv_budget_bytes},
             runs={"tape_budget_bytes": size.tape_budget_bytes},
