@@ -56,6 +56,8 @@ class ReadyStep:
     parts: list[Tensor] = field(default_factory=list)
     queued_us: int = 0
     device_us: int = 0
+    is_quick: bool = False
+    """Whether it came so soon after its session's last answer that a batch may wait for the next one."""
 
     @property
     def work(self) -> Work:
