@@ -6,6 +6,9 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
+import structlog
+
+log = structlog.get_logger("splitlearn.server")
 Work = Callable[[], None]
 
 
@@ -28,4 +31,8 @@ class Handover:
         # Taken back first: what comes from here on wakes the loop again, rather than be left behind.
         self._is_announced = False
         while self._waiting:
-            self._waiting.popleft()()
+            work = self._waiting.popleft()
+            try:
+                work()
+            except Exception:
+                log.exception("an answer could not be handed on")
