@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from splitlearn.errors import KvBudgetExceeded, SettingError
 
-# S slots   H key/value heads   L tokens of a slot   E head size
+# N keys or values of layers   S slots   H key/value heads   L tokens of a slot   E head size
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,9 @@ class LayerShape:
 
 class KvCache:
     """Allocated once: no session's cache is copied as it grows, and a freed slot is zeroed for the next.
+
+    Keys and values of one shape lie in one piece of memory over all layers, so that slots are copied and
+    zeroed in one operation, whatever the number of layers: a GPU would be told of each by itself.
 
     On the CPU the memory of untouched slots is not taken from the system; the budget counts it all the same.
     """
@@ -65,13 +69,15 @@ class KvCache:
         self._free = list(range(self.slots))
 
     def _allocate(self, shapes: Sequence[LayerShape], dtype: torch.dtype, device: torch.device) -> None:
-        tokens = self.slot_tokens
-        self.keys_SHLE = [
-            _zeros((self._rows, shape.heads, tokens, shape.key_size), dtype, device) for shape in shapes
-        ]
-        self.values_SHLE = [
-            _zeros((self._rows, shape.heads, tokens, shape.value_size), dtype, device) for shape in shapes
-        ]
+        forms = [(shape.heads, size) for shape in shapes for size in (shape.key_size, shape.value_size)]
+        held_NSHLE = {
+            (heads, size): _zeros((alike, self._rows, heads, self.slot_tokens, size), dtype, device)
+            for (heads, size), alike in Counter(forms).items()
+        }
+        self._held_NSHLE = list(held_NSHLE.values())
+        pieces = {form: iter(each_NSHLE) for form, each_NSHLE in held_NSHLE.items()}
+        every_SHLE = [next(pieces[form]) for form in forms]
+        self.keys_SHLE, self.values_SHLE = every_SHLE[::2], every_SHLE[1::2]
 
     @property
     def _rows(self) -> int:
@@ -112,30 +118,30 @@ class KvCache:
 
     def give_back(self, slots: Sequence[int], length: int) -> None:
         """Free the slots; their first `length` tokens are wiped, so that nobody meets another's."""
-        for slot in slots:
-            for layer_SHLE in (*self.keys_SHLE, *self.values_SHLE):
-                layer_SHLE[slot, :, :length].zero_()
-            self.visible_SL[slot].fill_(True)
+        self.wipe(slots, 0, length)
         self._free = sorted((*self._free, *slots))
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Make the first `length` tokens of slot `target` those of slot `source`."""
-        for layer_SHLE in (*self.keys_SHLE, *self.values_SHLE):
-            layer_SHLE[target, :, :length].copy_(layer_SHLE[source, :, :length])
-        self.visible_SL[target].copy_(self.visible_SL[source])
+    def copy(self, pairs: Iterable[tuple[int, int]], length: int) -> None:
+        """Make the first `length` tokens of each pair's second slot those of its first."""
+        for (source, target), count in _runs(sorted(pairs)):
+            there, here = slice(source, source + count), slice(target, target + count)
+            for held_NSHLE in self._held_NSHLE:
+                held_NSHLE[:, here, :, :length].copy_(held_NSHLE[:, there, :, :length])
+            self.visible_SL[here, :length].copy_(self.visible_SL[there, :length])
 
     def wipe(self, slots: Sequence[int], start: int, stop: int) -> None:
         """Forget the tokens [start, stop) of these slots: a longer row of the batch reads over them."""
-        for slot in slots:
-            for layer_SHLE in (*self.keys_SHLE, *self.values_SHLE):
-                layer_SHLE[slot, :, start:stop].zero_()
-            self.visible_SL[slot, start:stop].fill_(True)
+        if start >= stop:
+            return
+        for (first,), count in _runs(sorted((slot,) for slot in slots)):
+            for held_NSHLE in self._held_NSHLE:
+                held_NSHLE[:, first : first + count, :, start:stop].zero_()
+            self.visible_SL[first : first + count, start:stop].fill_(True)
 
     def hide(self, slots: Sequence[int], start: int, columns_BT: Tensor) -> None:
         """Note which of the tokens from `start` on may be looked at (True) and which are padding."""
         stop = start + columns_BT.shape[1]
-        for slot, columns_T in zip(slots, columns_BT, strict=True):
-            self.visible_SL[slot, start:stop] = columns_T
+        self.visible_SL[list(slots), start:stop] = columns_BT.to(self.visible_SL.device)
 
     def _neighbours(self, rows: int) -> tuple[int, ...] | None:
         for start in range(len(self._free) - rows + 1):
@@ -143,6 +149,16 @@ class KvCache:
             if run[-1] - run[0] == rows - 1:
                 return run
         return None
+
+
+def _runs(tuples: Sequence[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Where each run begins whose members are one more than those before, in every place; and how long it is."""
+    start = 0
+    for end in range(1, len(tuples) + 1):
+        count = end - start
+        if end == len(tuples) or tuples[end] != tuple(each + count for each in tuples[start]):
+            yield tuples[start], count
+            start = end
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -111,7 +111,7 @@ class SessionTable:
         return self._sessions[id]
 
     def fork(self, client: bytes, message: ForkMessage, now: float) -> None:
-        """Copy a session as it stands, under the new name.
+        """Another session that stands as this one does, under the new name.
 
         Raises:
             SessionLost: there is no such session; StepOutOfOrder: it is elsewhere than the client thinks;
@@ -128,9 +128,7 @@ class SessionTable:
             raise MessageError(f"session {message.into} is open already: a fork needs a name of its own")
         child = self._open(id, message.incarnation, parent.rows, parent.precision, now)
         child.adapter, child.follow = parent.adapter, parent.follow
-        for source, target in zip(parent.slots, child.slots, strict=True):
-            self._kv.copy(source, target, parent.length)
-        child.length, child.padded = parent.length, parent.padded
+        child.borrow(parent)
 
     def close(self, client: bytes, message: CloseMessage) -> None:
         """Free the session's slots; closing what is not there is no error."""
@@ -140,11 +138,9 @@ class SessionTable:
 
     def drop(self, session: Session) -> None:
         """Free all that the session holds, whatever state it is in."""
-        # A step that failed may have written beyond the session's length.
-        written = session.length + (session.running.message.tokens if session.running else 0)
         del self._sessions[session.id]
         self._answers.forget(session.id)
-        self._kv.give_back(session.slots, min(written, self._kv.slot_tokens))
+        session.free(self._kv)
         session.running = None
 
     def expire(self, now: float) -> int:
