@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from splitlearn.errors import KvBudgetExceeded, SettingError
+from splitlearn.errors import FrameError, KvBudgetExceeded, SettingError
+from splitlearn.wire.host_memory import to_host
 
-# N keys or values of layers   S slots   H key/value heads   L tokens of a slot   E head size
+# N keys or values of layers   S slots   B rows   H key/value heads   L tokens of a slot   T of some
+# E head size
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class KvCache:
         device: torch.device,
         spare: bool = False,
     ) -> None:
+        self.shapes, self.dtype = tuple(shapes), dtype
         self.token_bytes = sum(shape.elements for shape in shapes) * dtype.itemsize
         self.slot_tokens = slot_tokens
         self.slots = budget_bytes // (self.token_bytes * slot_tokens)
@@ -59,7 +62,7 @@ class KvCache:
         self.spare = self.slots if spare else None
         """A slot beyond the budget that is nobody's, for rows that only fill a batch up."""
         try:
-            self._allocate(shapes, dtype, device)
+            self._allocate(device)
         except (RuntimeError, OSError) as error:
             raise SettingError(
                 f"{self.total_bytes:,} bytes of KV cache cannot be had on {device} "
@@ -68,10 +71,10 @@ class KvCache:
         self.visible_SL = torch.ones(self._rows, slot_tokens, dtype=torch.bool, device=device)
         self._free = list(range(self.slots))
 
-    def _allocate(self, shapes: Sequence[LayerShape], dtype: torch.dtype, device: torch.device) -> None:
-        forms = [(shape.heads, size) for shape in shapes for size in (shape.key_size, shape.value_size)]
+    def _allocate(self, device: torch.device) -> None:
+        forms = [(shape.heads, size) for shape in self.shapes for size in (shape.key_size, shape.value_size)]
         held_NSHLE = {
-            (heads, size): _zeros((alike, self._rows, heads, self.slot_tokens, size), dtype, device)
+            (heads, size): _zeros((alike, self._rows, heads, self.slot_tokens, size), self.dtype, device)
             for (heads, size), alike in Counter(forms).items()
         }
         self._held_NSHLE = list(held_NSHLE.values())
@@ -143,6 +146,38 @@ class KvCache:
         stop = start + columns_BT.shape[1]
         self.visible_SL[list(slots), start:stop] = columns_BT.to(self.visible_SL.device)
 
+    @property
+    def position_bytes(self) -> list[int]:
+        """What keys and values of one token take, by layer."""
+        return [shape.elements * self.dtype.itemsize for shape in self.shapes]
+
+    def read(self, layer: int, slots: Sequence[int], positions: slice) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H, T, E) of these slots, on the CPU."""
+        held = (self.keys_SHLE[layer], self.values_SHLE[layer])
+        keys_BHTE, values_BHTE = (to_host(each_SHLE[:, :, positions][list(slots)]) for each_SHLE in held)
+        return keys_BHTE, values_BHTE
+
+    def write(
+        self, layer: int, slots: Sequence[int], start: int, keys_BHTE: Tensor, values_BHTE: Tensor
+    ) -> None:
+        """Put keys and values where these slots' tokens from `start` on lie.
+
+        Raises:
+            FrameError: they are not of this cache's form.
+        """
+        shape = self.shapes[layer]
+        tokens = keys_BHTE.shape[2]
+        expected = [(len(slots), shape.heads, tokens, size) for size in (shape.key_size, shape.value_size)]
+        found = [tuple(each.shape) for each in (keys_BHTE, values_BHTE)]
+        if found != expected or {keys_BHTE.dtype, values_BHTE.dtype} != {self.dtype}:
+            raise FrameError(
+                f"keys and values of shapes {found} in {keys_BHTE.dtype} came for the trunk's layer {layer}, "
+                f"which holds {expected} in {self.dtype}"
+            )
+        stop = start + tokens
+        self.keys_SHLE[layer][list(slots), :, start:stop] = keys_BHTE.to(self.visible_SL.device)
+        self.values_SHLE[layer][list(slots), :, start:stop] = values_BHTE.to(self.visible_SL.device)
+
     def _neighbours(self, rows: int) -> tuple[int, ...] | None:
         for start in range(len(self._free) - rows + 1):
             run = tuple(self._free[start : start + rows])
@@ -152,7 +187,7 @@ class KvCache:
 
 
 def _runs(tuples: Sequence[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], int]]:
-    """Where each run begins whose members are one more than those before, in every place; and how long it is."""
+    """Where each run begins whose members count up by one, in every place; and how long it is."""
     start = 0
     for end in range(1, len(tuples) + 1):
         count = end - start

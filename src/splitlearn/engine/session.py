@@ -37,6 +37,8 @@ class Session:
     padded: bool = False
     next_step: int = 1
     running: Step[StepMessage] | None = None
+    is_arriving: bool = False
+    """Whether it is being imported: it is there, but nobody can use it yet."""
     lender: Session | None = None
     borrowers: list[Session] = field(default_factory=list)
 
@@ -152,11 +154,19 @@ class Session:
 def require_room(message: StepMessage, kept: int, slot_tokens: int, max_positions: int | None) -> None:
     """Raises SessionTooLong where rows of `kept` tokens and the step's fit neither a slot nor the model."""
     length = kept + message.tokens
-    if max_positions is not None:
-        positions_BT = message.positions_BT
-        needed = length if positions_BT is None else int(positions_BT.max()) + 1
-        if needed > max_positions:
-            raise too_long_for_model(needed, max_positions)
+    positions_BT = message.positions_BT
+    require_length(
+        length,
+        slot_tokens,
+        max_positions,
+        length if positions_BT is None else int(positions_BT.max()) + 1,
+    )
+
+
+def require_length(length: int, slot_tokens: int, max_positions: int | None, positions: int) -> None:
+    """Raises SessionTooLong where so many tokens do not fit a slot, or so many positions the model."""
+    if max_positions is not None and positions > max_positions:
+        raise too_long_for_model(positions, max_positions)
     if length > slot_tokens:
         raise SessionTooLong(
             f"the text would be {length:,} tokens long, a session of this server holds {slot_tokens:,}: "

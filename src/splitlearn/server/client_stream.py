@@ -49,6 +49,8 @@ class Hall:
     egress: Egress
     runs: RunStore
     streams: set[ClientStream] = field(default_factory=set)
+    moving: set[object] = field(default_factory=set)
+    """Sessions that are being exported."""
 
     def lane(self, hello: pb.Hello) -> Lane:
         """A further connection of the stream that its ticket names; raises MessageError where none is."""

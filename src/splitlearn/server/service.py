@@ -12,6 +12,7 @@ from splitlearn.server.client_stream import ClientStream, Hall, Requests, first_
 from splitlearn.server.facts import facts_of
 from splitlearn.server.refusal import Context, refuse
 from splitlearn.server.run_calls import RunCalls
+from splitlearn.server.session_calls import SessionCalls
 from splitlearn.wire.chunks import deserialize_client, serialize
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.generated import splitlearn_pb2_grpc as rpc
@@ -20,7 +21,7 @@ from splitlearn.wire.handshake import facts_to_proto
 SERVICE = pb.DESCRIPTOR.services_by_name["Trunk"].full_name
 
 
-class TrunkService(RunCalls, rpc.TrunkServicer):
+class TrunkService(RunCalls, SessionCalls, rpc.TrunkServicer):
     """What a client can call; calls that are not served yet are answered with NotServed."""
 
     def __init__(self, hall: Hall) -> None:
