@@ -292,3 +292,15 @@ def test_an_engine_that_fails_says_so_and_leaves_nobody_waiting(trunk):
         result(engine.submit(ME, step(1, tokens(4), 3)))
     with pytest.raises(TrunkDraining):
         engine.close(ME, CloseMessage(1)).result(WAIT_S)
+
+
+def test_a_request_whose_client_gave_up_is_not_done_and_harms_nobody(trunk):
+    engine = Engine(trunk, BatchingConfig(), SessionConfig(kv_budget_bytes=1 << 20, session_tokens=64))
+    opened = engine.submit(ME, step(1, tokens(3)))
+    given_up = engine.fork(ME, ForkMessage(1, 2, at_step=1))
+    given_up.cancel()
+    engine.start()
+    assert opened.result(WAIT_S).error is None
+    assert engine.fork(ME, ForkMessage(1, 3, at_step=1)).result(WAIT_S) is None
+    assert engine.open_sessions == 2
+    engine.stop()
