@@ -6,6 +6,7 @@ waits for them most of the time.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,26 +17,29 @@ from torch import Tensor
 from transformers import Cache
 
 from splitlearn.engine.batch_plan import BatchPlan
+from splitlearn.engine.graph_rows import GraphRows, GraphShape
 from splitlearn.engine.kv_cache import KvCache
 from splitlearn.engine.trunk_state import BARE, AdapterVersion
+from splitlearn.model.compiled_decode import CompiledDecode
 from splitlearn.model.decode_attention import attending_to_one_token
 from splitlearn.model.first_steps import FirstSteps
 from splitlearn.model.masks import ragged
 from splitlearn.model.segments import TrunkSegment
-from splitlearn.model.static_layer import FEWEST_COLUMNS, StaticLayer, bucket
+from splitlearn.model.static_layer import StaticLayer
 
-# R rows of a bucket   B rows of a batch   D hidden   K columns
+# R rows of a graph   B rows of a batch   D hidden
 
 log = structlog.get_logger("splitlearn.engine")
 WARM_UP = 2
-SLOT, COLUMN, POSITION = range(3)
+MEMORY_BYTES = 4 << 30
+"""What all graphs may take of the device."""
 
 
 class DecodeGraphs:
-    """A graph for each bucket of rows and columns, made when the first batch needs it.
+    """A graph for each shape, recorded before the first session where there is a GPU.
 
-    A batch takes the smallest bucket that it fits in. Rows that are left over write into a slot that is
-    nobody's. What cannot be recorded runs as it always did, after one warning.
+    A batch takes the smallest shape that it fits in. What cannot be recorded runs as it always did, after one
+    warning.
 
     Args:
         trunk: of a family that may run in a batch.
@@ -48,12 +52,30 @@ class DecodeGraphs:
         self._trunk, self._kv = trunk, kv
         self._compiled = compiled
         self._max_rows = max_rows
-        self._graphs: dict[tuple[int, int], DecodeGraph] = {}
+        self._graphs: dict[GraphShape, DecodeGraph] = {}
         # One after another they run, so they may share what they compute in.
         self._pool = torch.cuda.graph_pool_handle() if trunk.device.type == "cuda" else None
         self.first_steps = FirstSteps(log, self._graphs.clear)
         self.recorded = 0
         """How many graphs were made: in steady state this number stands still."""
+        self._taken_bytes = 0
+
+    def prepare(self) -> None:
+        """Record every shape that a batch may have, so that no session waits for one.
+
+        On a CPU, where nothing is recorded, each is made when it is needed.
+        """
+        if self._pool is None:
+            return
+        started = time.monotonic()
+        try:
+            with torch.inference_mode():
+                for shape in GraphShape.every(self._kv, self._max_rows):
+                    self._graph_of(shape)
+        except Exception as error:
+            self.first_steps.give_up(error)
+        seconds = round(time.monotonic() - started, 1)
+        log.info("decode graphs recorded", graphs=self.recorded, bytes=self._taken_bytes, seconds=seconds)
 
     def take(self, plan: BatchPlan, adapter: AdapterVersion, autocast: str) -> bool:
         """Whether this batch can run here."""
@@ -63,82 +85,92 @@ class DecodeGraphs:
     def run(self, plan: BatchPlan, activation_B1D: Tensor, positions_B1: Tensor | None) -> Tensor | None:
         """(B, 1, D) on the CPU, complete; None where it could not be recorded and nothing was changed."""
         try:
-            graph = self._graph_for(plan)
+            graph = self._graph_of(GraphShape.of(plan, self._kv, self._max_rows))
         except Exception as error:
             self.first_steps.give_up(error)
             return None
-        return graph.run(plan, activation_B1D, positions_B1)
+        return None if graph is None else graph.run(plan, activation_B1D, positions_B1)
 
-    def _graph_for(self, plan: BatchPlan) -> DecodeGraph:
-        return self._graph(bucket(len(plan.slots)), self._columns(plan.length))
-
-    def _columns(self, length: int) -> int:
-        return min(bucket(length, FEWEST_COLUMNS), self._kv.slot_tokens)
-
-    def _graph(self, rows: int, columns: int) -> DecodeGraph:
-        graph = self._graphs.get((rows, columns))
-        if graph is None:
-            started = time.monotonic()
-            graph = DecodeGraph(
-                self._trunk, self._kv, rows, columns, compiled=self._compiled, pool=self._pool
-            )
-            self._graphs[rows, columns] = graph
+    def _graph_of(self, shape: GraphShape) -> DecodeGraph | None:
+        """None where the graphs have all the memory that they may have."""
+        graph = self._graphs.get(shape)
+        if graph is None and self._taken_bytes < MEMORY_BYTES:
+            before = self._free_bytes()
+            graph = self._graphs[shape] = self._new_graph(shape)
             self.recorded += 1
-            took_s = round(time.monotonic() - started, 2)
-            log.info("decode graph recorded", rows=rows, columns=columns, seconds=took_s)
+            self._taken_bytes += max(before - self._free_bytes(), 0)
+            if self._taken_bytes >= MEMORY_BYTES:
+                log.warning(
+                    "decode graphs have all the memory they may have: other shapes run kernel by kernel",
+                    graphs=self.recorded,
+                    bytes=self._taken_bytes,
+                )
         return graph
+
+    def _new_graph(self, shape: GraphShape) -> DecodeGraph:
+        def new_graph() -> DecodeGraph:
+            return DecodeGraph(self._trunk, self._kv, shape, compiled=self._compiled, pool=self._pool)
+
+        try:
+            return new_graph()
+        except Exception as error:
+            if not self._compiled:
+                raise
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            log.warning("layers could not be compiled for decode steps and run as they are", error=reason)
+            self._compiled = False
+            return new_graph()
+
+    def _free_bytes(self) -> int:
+        device = self._trunk.device
+        return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 class DecodeGraph:
-    """One step of up to `rows` rows that look at up to `columns` columns."""
+    """One step of the rows of one shape."""
 
     def __init__(
-        self,
-        trunk: TrunkSegment,
-        kv: KvCache,
-        rows: int,
-        columns: int,
-        *,
-        compiled: bool = False,
-        pool: Any = None,
+        self, trunk: TrunkSegment, kv: KvCache, shape: GraphShape, *, compiled: bool = False, pool: Any = None
     ) -> None:
-        assert kv.spare is not None, "rows that only fill a bucket up need a slot"
         device = trunk.device
-        self._trunk, self._kv = trunk, kv
-        self._rows, self._columns = rows, columns
-        self._spare = kv.spare
-        self._state_R1D = torch.zeros(rows, 1, trunk.hidden_size, dtype=trunk.dtype, device=device)
-        self._places_3R = torch.zeros(3, rows, dtype=torch.long, device=device)
-        self._places_3R[SLOT] = self._spare
-        slot_R, column_R = self._places_3R[SLOT], self._places_3R[COLUMN]
+        self._trunk = trunk
+        self._state_R1D = torch.zeros(shape.rows, 1, trunk.hidden_size, dtype=trunk.dtype, device=device)
+        self._rows = GraphRows(kv, shape, device)
         held = zip(kv.keys_SHLE, kv.values_SHLE, strict=True)
-        self._cache = Cache(layers=[StaticLayer(*layer, slot_R, column_R, columns) for layer in held])
-        self._forward: Callable[[], Tensor] = self._step
-        self._replay: Callable[[], Tensor] = self._step
-        if compiled:
-            self._forward = torch.compile(self._step, dynamic=False)
-        if device.type == "cuda":
-            self._replay = self._record(pool)
+        slot_R, column_R = self._rows.slot_R, self._rows.column_R
+        self._cache = Cache(
+            layers=[
+                StaticLayer(keys, values, slot_R, column_R, shape.columns, standing=shape.standing)
+                for keys, values in held
+            ]
+        )
+        self._compiled = (
+            CompiledDecode(zip(trunk.layers, self._cache.layers, strict=True), self._cache)
+            if compiled
+            else None
+        )
+        self._replay: Callable[[], Tensor] = self._record(pool) if device.type == "cuda" else self._step
 
     def run(self, plan: BatchPlan, activation_B1D: Tensor, positions_B1: Tensor | None) -> Tensor:
         rows = len(plan.slots)
         self._state_R1D[:rows].copy_(activation_B1D, non_blocking=True)
-        self._places_3R.copy_(self._places(plan, positions_B1), non_blocking=True)
+        self._rows.place(plan, positions_B1)
         out_R1D = self._replay()
         return out_R1D[:rows].cpu()
 
-    def _places(self, plan: BatchPlan, positions_B1: Tensor | None) -> Tensor:
-        left = self._rows - len(plan.slots)
-        columns = [*plan.lengths, *[0] * left]
-        positions = columns if positions_B1 is None else [*positions_B1[:, 0].tolist(), *[0] * left]
-        places_3R = torch.tensor([[*plan.slots, *[self._spare] * left], columns, positions])
-        return places_3R.pin_memory() if self._places_3R.is_cuda else places_3R
-
     def _step(self) -> Tensor:
-        slot_R, column_R, position_R = self._places_3R
-        visible_RK = self._kv.visible_SL[:, : self._columns].index_select(0, slot_R)
-        with ragged(column_R[:, None], visible_RK), attending_to_one_token(self._trunk.causal_lm):
-            return self._trunk(self._state_R1D, position_ids=position_R[:, None], past_key_values=self._cache)
+        rows, trunk = self._rows, self._trunk
+        with (
+            ragged(rows.column_R[:, None], rows.visible()),
+            attending_to_one_token(trunk.causal_lm),
+            self._compiled.in_place() if self._compiled else contextlib.nullcontext(),
+        ):
+            out_R1D = trunk(
+                rows.seated(self._state_R1D),
+                position_ids=rows.position_R[:, None],
+                past_key_values=self._cache,
+            )
+        return rows.answers(out_R1D)
 
     def _record(self, pool: Any) -> Callable[[], Tensor]:
         """Raises where the family's forward does what cannot be recorded, like a look at a value."""
@@ -147,12 +179,12 @@ class DecodeGraph:
         beside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(beside):
             for _ in range(WARM_UP):
-                self._forward()
+                self._step()
         torch.cuda.current_stream(device).wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
         # Other threads go on copying answers meanwhile.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            out_R1D = self._forward()
+            out_R1D = self._step()
 
         def replay() -> Tensor:
             graph.replay()

@@ -61,6 +61,8 @@ class KvCache:
             )
         self.spare = self.slots if spare else None
         """A slot beyond the budget that is nobody's, for rows that only fill a batch up."""
+        self.spare_column = slot_tokens if spare else None
+        """A column that no row looks at, in every slot, for slots whose turn it is not."""
         try:
             self._allocate(device)
         except (RuntimeError, OSError) as error:
@@ -72,9 +74,10 @@ class KvCache:
         self._free = list(range(self.slots))
 
     def _allocate(self, device: torch.device) -> None:
+        tokens = self.slot_tokens if self.spare_column is None else self.slot_tokens + 1
         forms = [(shape.heads, size) for shape in self.shapes for size in (shape.key_size, shape.value_size)]
         held_NSHLE = {
-            (heads, size): _zeros((alike, self._rows, heads, self.slot_tokens, size), self.dtype, device)
+            (heads, size): _zeros((alike, self._rows, heads, tokens, size), self.dtype, device)
             for (heads, size), alike in Counter(forms).items()
         }
         self._held_NSHLE = list(held_NSHLE.values())
