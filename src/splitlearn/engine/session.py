@@ -78,7 +78,9 @@ class Session:
             KvBudgetExceeded: there is no room for further rows; nothing was changed.
         """
         keep = self.length if message.keep_positions is None else message.keep_positions
-        self._lend_at_most(keep if message.select_rows is None else 0, kv)
+        for borrower in self.borrowers.copy():
+            if message.select_rows is not None or borrower.length > keep:
+                borrower._settle(kv, None, borrower.length)
         if self.lender is not None:
             self._settle(kv, message.select_rows, keep)
         elif message.select_rows is not None:
@@ -113,10 +115,6 @@ class Session:
                 borrower.lender = heir
             written = 0
         kv.give_back(self.slots, written)
-
-    def _lend_at_most(self, length: int, kv: KvCache) -> None:
-        for borrower in [each for each in self.borrowers if each.length > length]:
-            borrower._settle(kv, None, borrower.length)
 
     def _settle(self, kv: KvCache, rows: Sequence[int] | None, length: int) -> None:
         """Copy so much of what is borrowed into its own slots: these rows in this order, all by default."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from splitlearn.engine.kv_cache import KvCache, LayerShape
@@ -145,6 +145,7 @@ def test_a_fork_has_its_place_from_the_start() -> None:
 
 
 @settings(max_examples=300, deadline=None)
+@example([(0, 0, 0), (3, 0, 0)])
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 99), st.integers(0, 99)), max_size=25))
 def test_whatever_sessions_and_their_forks_do_each_holds_its_own_tokens(moves) -> None:
     kv = cache(200)
