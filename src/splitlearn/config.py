@@ -207,7 +207,7 @@ class ClientConfig(Settings):
     decode_s: PositiveFloat = 60.0
     """Deadline of a step with few tokens."""
     train_s: PositiveFloat = 600.0
-    """Deadline of a training step, and of a call about a run."""
+    """Deadline of a training step, of a call about a run, and of moving a session."""
     checksum: bool = True
     """Check every tensor with xxh3; left out only if the server does without, too."""
     decode_tokens: PositiveInt = 64

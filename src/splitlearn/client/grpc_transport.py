@@ -37,6 +37,7 @@ from splitlearn.wire.messages import (
 )
 from splitlearn.wire.runs import facts_from_proto as run_facts_from_proto
 from splitlearn.wire.runs import open_run_to_proto
+from splitlearn.wire.sessions import MovedSession, session_from_parts, session_to_parts
 from splitlearn.wire.status import error_from_proto
 from splitlearn.wire.steps import answer_from_proto, fork_to_proto, run_step_to_proto, step_to_proto
 
@@ -142,6 +143,17 @@ class GrpcTransport:
         if forked.HasField("error"):
             raise error_from_proto(forked.error)
         self._sessions.add(message.into)
+
+    def export_session(self, session: int, layers: int) -> MovedSession:
+        request = pb.ExportSessionRequest(session=session, client=self._client)
+        with calling(self.address, self._config) as trunk:
+            parts = trunk.ExportSession(request, timeout=self._config.train_s)
+            return session_from_parts(parts, layers, self._config.limits)
+
+    def import_session(self, session: int, moved: MovedSession) -> None:
+        parts = session_to_parts(moved, session, self._client, self.agreement.chunk_bytes)
+        self._call("ImportSession", parts)
+        self._sessions.add(session)
 
     def close_session(self, message: CloseMessage) -> None:
         """On every connection, lanes too, so that it comes after the session's opening wherever that went."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from splitlearn.client.session import ClientSession
 from splitlearn.client.transport import Transport
 from splitlearn.errors import UnsupportedCall
 from splitlearn.wire.messages import OpenSession
+
+AnyCache = TypeVar("AnyCache", bound=Cache)
 
 
 class RemoteCacheLayer(CacheLayerMixin):
@@ -118,15 +120,39 @@ def session_of(
     if len(cache.layers) > trunk.start:
         layer = cache.layers[trunk.start]
         if isinstance(layer, RemoteCacheLayer):
-            if layer._transport is not transport:
-                raise UnsupportedCall(
-                    "past_key_values belongs to another split model: each model needs its own"
-                )
+            _require_ours(layer, transport)
             return layer.session
         _require_unused(layer)
     remote = RemoteCacheLayer(transport, opening())
-    cache.layers[trunk.start : trunk.stop] = [remote, *(InertLayer(remote) for _ in trunk[1:])]
+    with_session(cache, trunk, remote)
     return remote.session
+
+
+def held_session(cache: Cache, trunk: range, transport: Transport) -> ClientSession:
+    """The session of a cache that holds a text.
+
+    Raises:
+        UnsupportedCall: it holds none, or another model's.
+    """
+    layer = cache.layers[trunk.start] if len(cache.layers) > trunk.start else None
+    if not isinstance(layer, RemoteCacheLayer) or not layer.session.is_open or not layer.session.length:
+        raise UnsupportedCall(
+            "this cache holds no text of a split model: give the past_key_values that generate() returned "
+            "with return_dict_in_generate=True, or that a forward has filled"
+        )
+    _require_ours(layer, transport)
+    return layer.session
+
+
+def with_session(cache: AnyCache, trunk: range, remote: RemoteCacheLayer) -> AnyCache:
+    """The cache, with this session in the trunk's place."""
+    cache.layers[trunk.start : trunk.stop] = [remote, *(InertLayer(remote) for _ in trunk[1:])]
+    return cache
+
+
+def _require_ours(layer: RemoteCacheLayer, transport: Transport) -> None:
+    if layer._transport is not transport:
+        raise UnsupportedCall("past_key_values belongs to another split model: each model needs its own")
 
 
 def _require_unused(layer: Any) -> None:

@@ -6,14 +6,16 @@ import secrets
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from splitlearn.client.transport import Transport
-from splitlearn.errors import TrunkUnreachable, UnsupportedCall
+from splitlearn.errors import StepOutOfOrder, TrunkUnreachable, UnsupportedCall
 from splitlearn.vocabulary import StepKey
 from splitlearn.wire.messages import AnswerMessage, CloseMessage, ForkMessage, OpenSession, StepMessage
+from splitlearn.wire.sessions import MovedSession
 
 # B rows   T new tokens   L tokens held   D hidden
 
@@ -28,7 +30,7 @@ class ClientSession:
 
     def __init__(self, transport: Transport, opening: OpenSession | None = None) -> None:
         self._transport = transport
-        self._opening = opening or OpenSession()
+        self.opening = opening or OpenSession()
         self._number = 0
         self._rows = 0
         self._step = 0
@@ -68,7 +70,7 @@ class ClientSession:
                 StepMessage(
                     key=StepKey(session=number, step=self._step + 1),
                     activation_BTD=activation_BTD,
-                    open=None if self.is_open else self._opening,
+                    open=None if self.is_open else self.opening,
                     mask_columns_BT=new_BT,
                     positions_BT=positions_BT,
                     keep_positions=self._crop_to,
@@ -106,7 +108,7 @@ class ClientSession:
 
     def fork(self) -> ClientSession:
         """A session of its own that stands where this one stands."""
-        child = ClientSession(self._transport, self._opening)
+        child = ClientSession(self._transport, self.opening)
         if not self.is_open:
             return child
         number = child._new_number()
@@ -116,6 +118,48 @@ class ClientSession:
         child._rows, child.length = self._rows, self.length
         child._crop_to, child._select, child._mask_BL = self._crop_to, self._select, self._mask_BL
         return child
+
+    def export(self, layers: int) -> MovedSession:
+        """All that the server holds of the session, as it is once what waits is done.
+
+        Raises:
+            SessionLost: the server no longer has it; StepOutOfOrder: somebody else goes on with it.
+        """
+        moved = self._transport.export_session(self._number, layers)
+        head = moved.head
+        if head.next_step != self._step + 1 or head.rows != self._rows or head.length < self.length:
+            raise StepOutOfOrder(
+                f"the server exported the session at step {head.next_step}, this side stands at "
+                f"{self._step + 1}: let no other thread generate with it meanwhile"
+            )
+        rows = torch.arange(head.rows) if self._select is None else self._select
+        return replace(
+            moved,
+            head=replace(head, rows=len(rows), length=self.length),
+            layers=tuple(
+                (keys[rows, :, : self.length], values[rows, :, : self.length])
+                for keys, values in moved.layers
+            ),
+            visible_BL=moved.visible_BL[rows, : self.length],
+        )
+
+    @classmethod
+    def imported(cls, transport: Transport, moved: MovedSession) -> ClientSession:
+        """A session that goes on where this one was exported.
+
+        Raises:
+            ModelMismatch, SplitMismatch, SettingError, AdapterError: it was exported from another trunk.
+            SessionTooLong, KvBudgetExceeded, ResourceExhausted, TrunkDraining: there is no room for it.
+        """
+        head = moved.head
+        session = cls(transport, OpenSession(head.adapter, head.follow, head.precision))
+        number = session._new_number()
+        with session._closing_if_lost(number):
+            transport.import_session(number, moved)
+        session._become(number)
+        session._rows, session.length = head.rows, head.length
+        session._mask_BL = None if bool(moved.visible_BL.all()) else moved.visible_BL
+        return session
 
     @contextmanager
     def _closing_if_lost(self, number: int) -> Iterator[None]:

@@ -14,8 +14,9 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
 
-from splitlearn.client import adapter_files
+from splitlearn.client import adapter_files, saved_session
 from splitlearn.client.call_context import watch
 from splitlearn.client.calls import describe
 from splitlearn.client.decode_graphs import ClientGraphs, takes_positions
@@ -186,6 +187,27 @@ class SplitModel:
             UnsupportedCall: the model is not trained; AccessDenied: the run keeps the trunk's part.
         """
         adapter_files.save_adapter(self, self.trunk, Path(folder))
+
+    def export_session(self, cache: Cache, path: str | Path) -> None:
+        """Write what a cache holds, the server's part fetched, into one file that `import_session` reads.
+
+        The cache stays as it is. The file is as private as the text: only its owner may read it.
+
+        Raises:
+            UnsupportedCall: the cache holds no text of this model, or is of a kind that is not supported.
+            SessionLost: the server no longer holds the session; CheckpointError: the file cannot be written.
+        """
+        saved_session.export_session(self, self.trunk, cache, Path(path))
+
+    def import_session(self, path: str | Path) -> DynamicCache:
+        """The cache in a file of `export_session`, its trunk's part held by this model's server from now on.
+
+        Raises:
+            CheckpointError: the file is torn, was changed, or is a newer version's.
+            ModelMismatch, SettingError, AdapterError: it is of another model or cut, dtype, or adapter.
+            SessionTooLong, KvBudgetExceeded, ResourceExhausted: the server has no room for it.
+        """
+        return saved_session.import_session(self, self.trunk, Path(path))
 
     def close(self) -> None:
         """End the connection; open sessions on the server are freed."""

@@ -19,6 +19,7 @@ from splitlearn.wire.messages import (
     RunStepMessage,
     StepMessage,
 )
+from splitlearn.wire.sessions import MovedSession
 
 
 @dataclass(slots=True)
@@ -101,6 +102,14 @@ class Transport(Protocol):
 
     def fork(self, message: ForkMessage) -> None:
         """Have the session copied; returns when it is."""
+        ...
+
+    def export_session(self, session: int, layers: int) -> MovedSession:
+        """All that the server holds of a session, by the trunk's layers; the session stays as it is."""
+        ...
+
+    def import_session(self, session: int, moved: MovedSession) -> None:
+        """Have the server hold this under the new number, from step 1 on; raises where it does not fit."""
         ...
 
     def close_session(self, message: CloseMessage) -> None:

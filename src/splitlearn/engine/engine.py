@@ -25,6 +25,7 @@ from splitlearn.engine.run_steps import RunSteps
 from splitlearn.engine.run_table import RunTable
 from splitlearn.engine.runner import Runner, measure_layers, timed
 from splitlearn.engine.scheduler import Scheduler
+from splitlearn.engine.session_moves import SessionMoves
 from splitlearn.engine.session_steps import SessionSteps
 from splitlearn.engine.session_table import SessionTable
 from splitlearn.engine.step import Step
@@ -87,6 +88,9 @@ class Engine:
         self._company = Company(batching.wait_ms)
         self._queue = StepQueue()
         self.runs = RunRequests(self._queue, self._runs, adapters, self._admission.refuse_when_draining)
+        self.moves = SessionMoves(
+            self._queue, self._sessions, self.kv, state, self._admission.refuse_when_draining
+        )
         self._ready = Scheduler(batching, batched=trunk.batched)
         self.lease_s = sessions.lease_s
         self.failure: Exception | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from splitlearn.engine.kv_cache import KvCache
 from splitlearn.engine.step import Step
@@ -18,7 +18,12 @@ SessionId = tuple[bytes, int]
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """Rows of equal length in slots of the KV cache; changed by the engine's thread alone."""
+    """Rows of equal length in slots of the KV cache; changed by the engine's thread alone.
+
+    A fork has slots of its own from the start, so that it never lacks them later, but borrows its parent's
+    until either of them writes where the other reads: its tokens are copied then, and only those it keeps.
+    What a parent appends is no such write.
+    """
 
     id: SessionId
     incarnation: int
@@ -32,6 +37,15 @@ class Session:
     padded: bool = False
     next_step: int = 1
     running: Step[StepMessage] | None = None
+    is_arriving: bool = False
+    """Whether it is being imported: it is there, but nobody can use it yet."""
+    lender: Session | None = None
+    borrowers: list[Session] = field(default_factory=list)
+
+    @property
+    def holding(self) -> tuple[int, ...]:
+        """The slots in which its tokens lie."""
+        return self.slots if self.lender is None else self.lender.slots
 
     @property
     def rows(self) -> int:
@@ -63,14 +77,57 @@ class Session:
         Raises:
             KvBudgetExceeded: there is no room for further rows; nothing was changed.
         """
-        if message.select_rows is not None:
+        keep = self.length if message.keep_positions is None else message.keep_positions
+        for borrower in self.borrowers.copy():
+            if message.select_rows is not None or borrower.length > keep:
+                borrower._settle(kv, None, borrower.length)
+        if self.lender is not None:
+            self._settle(kv, message.select_rows, keep)
+        elif message.select_rows is not None:
             self._select(message.select_rows, kv)
-        if message.keep_positions is not None and message.keep_positions < self.length:
-            kv.wipe(self.slots, message.keep_positions, self.length)
-            self.length = message.keep_positions
+        if keep < self.length:
+            kv.wipe(self.slots, keep, self.length)
+            self.length = keep
         if message.mask_columns_BT is not None:
             self.padded = True
             kv.hide(self.slots, self.length, message.mask_columns_BT)
+
+    def borrow(self, parent: Session) -> None:
+        """Stand where the parent stands, in whichever slots its tokens lie."""
+        self.length, self.padded = parent.length, parent.padded
+        self.lender = parent.lender or parent
+        self.lender.borrowers.append(self)
+
+    def free(self, kv: KvCache) -> None:
+        """Give the slots back; those that others borrow go to the longest of these."""
+        # A step that failed may have written beyond the session's length.
+        written = self.length + (self.running.message.tokens if self.running else 0)
+        written = min(written, kv.slot_tokens)
+        if self.lender is not None:
+            self.lender.borrowers.remove(self)
+            written = 0
+        elif self.borrowers:
+            heir = max(self.borrowers, key=lambda borrower: borrower.length)
+            self.slots, heir.slots = heir.slots, self.slots
+            kv.wipe(heir.slots, heir.length, written)
+            heir.lender, heir.borrowers = None, [each for each in self.borrowers if each is not heir]
+            for borrower in heir.borrowers:
+                borrower.lender = heir
+            written = 0
+        kv.give_back(self.slots, written)
+
+    def _settle(self, kv: KvCache, rows: Sequence[int] | None, length: int) -> None:
+        """Copy so much of what is borrowed into its own slots: these rows in this order, all by default."""
+        lender = self.lender
+        assert lender is not None
+        kept = lender.slots if rows is None else [lender.slots[row] for row in rows]
+        if len(kept) > len(self.slots):
+            self.slots += kv.take(len(kept) - len(self.slots))
+        own, unused = self.slots[: len(kept)], self.slots[len(kept) :]
+        kv.copy(zip(kept, own, strict=True), length)
+        kv.give_back(unused, 0)
+        lender.borrowers.remove(self)
+        self.lender, self.slots, self.length = None, own, length
 
     def _select(self, rows: Sequence[int], kv: KvCache) -> None:
         """Make `rows` the session's rows, in this order.
@@ -84,8 +141,8 @@ class Session:
         if len(copies) > len(spare):
             spare.extend(kv.take(len(copies) - len(spare)))
         slots = [self.slots[row] for row in rows]
+        kv.copy([(slots[place], slot) for place, slot in zip(copies, spare, strict=False)], self.length)
         for place, slot in zip(copies, spare, strict=False):
-            kv.copy(self.slots[rows[place]], slot, self.length)
             slots[place] = slot
         if unused := spare[len(copies) :]:
             kv.give_back(unused, self.length)
@@ -95,11 +152,19 @@ class Session:
 def require_room(message: StepMessage, kept: int, slot_tokens: int, max_positions: int | None) -> None:
     """Raises SessionTooLong where rows of `kept` tokens and the step's fit neither a slot nor the model."""
     length = kept + message.tokens
-    if max_positions is not None:
-        positions_BT = message.positions_BT
-        needed = length if positions_BT is None else int(positions_BT.max()) + 1
-        if needed > max_positions:
-            raise too_long_for_model(needed, max_positions)
+    positions_BT = message.positions_BT
+    require_length(
+        length,
+        slot_tokens,
+        max_positions,
+        length if positions_BT is None else int(positions_BT.max()) + 1,
+    )
+
+
+def require_length(length: int, slot_tokens: int, max_positions: int | None, positions: int) -> None:
+    """Raises SessionTooLong where so many tokens do not fit a slot, or so many positions the model."""
+    if max_positions is not None and positions > max_positions:
+        raise too_long_for_model(positions, max_positions)
     if length > slot_tokens:
         raise SessionTooLong(
             f"the text would be {length:,} tokens long, a session of this server holds {slot_tokens:,}: "

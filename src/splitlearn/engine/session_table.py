@@ -8,7 +8,7 @@ from collections.abc import Callable
 from splitlearn.config import SessionConfig
 from splitlearn.engine.answer_window import AnswerWindow
 from splitlearn.engine.kv_cache import KvCache
-from splitlearn.engine.session import Session, SessionId, require_room
+from splitlearn.engine.session import Session, SessionId, require_length, require_room
 from splitlearn.engine.trunk_state import BARE, AdapterVersion
 from splitlearn.errors import (
     AdapterError,
@@ -18,8 +18,15 @@ from splitlearn.errors import (
     SessionLost,
     StepOutOfOrder,
 )
-from splitlearn.vocabulary import Precision
-from splitlearn.wire.messages import AnswerMessage, CloseMessage, ForkMessage, OpenSession, StepMessage
+from splitlearn.vocabulary import Precision, Versions
+from splitlearn.wire.messages import (
+    AnswerMessage,
+    CloseMessage,
+    ForkMessage,
+    OpenSession,
+    SessionHead,
+    StepMessage,
+)
 
 REMEMBERED_EXPIRIES = 4096
 
@@ -61,8 +68,7 @@ class SessionTable:
             session = self._open_for(id, message, message.open, now)
         else:
             session = self.find(id, message.key.incarnation)
-        session.lease_s = self._config.lease_s
-        session.lease_until = now + session.lease_s
+        self.renew(session, now)
         self._answers.release(id, message.acked_through)
         if session.follow and session.running is None:
             session.adapter = self._adapter_named(session.adapter.name)
@@ -83,6 +89,18 @@ class SessionTable:
             f"step {step} cannot be done: {why}; the next is step {session.next_step}",
             facts={"current_step": session.next_step},
         )
+
+    def adapter(self, wanted: Versions) -> AdapterVersion:
+        """What a session generates with; version 0 is the newest. Raises AdapterError where it is gone."""
+        if not wanted.adapter:
+            return BARE
+        found = self._adapter_named(wanted.adapter)
+        if wanted.version and wanted.version != found.number:
+            raise AdapterError(
+                f"adapter {wanted.adapter!r} is at version {found.number}, not {wanted.version}: "
+                "versions that no session holds are gone"
+            )
+        return found
 
     def check(self, session: Session, message: StepMessage) -> None:
         """Raises MessageError or SessionTooLong where the step does not fit; nothing is changed."""
@@ -111,7 +129,7 @@ class SessionTable:
         return self._sessions[id]
 
     def fork(self, client: bytes, message: ForkMessage, now: float) -> None:
-        """Copy a session as it stands, under the new name.
+        """Another session that stands as this one does, under the new name.
 
         Raises:
             SessionLost: there is no such session; StepOutOfOrder: it is elsewhere than the client thinks;
@@ -128,23 +146,45 @@ class SessionTable:
             raise MessageError(f"session {message.into} is open already: a fork needs a name of its own")
         child = self._open(id, message.incarnation, parent.rows, parent.precision, now)
         child.adapter, child.follow = parent.adapter, parent.follow
-        for source, target in zip(parent.slots, child.slots, strict=True):
-            self._kv.copy(source, target, parent.length)
-        child.length, child.padded = parent.length, parent.padded
+        child.borrow(parent)
+
+    def begin_import(self, id: SessionId, head: SessionHead, adapter: AdapterVersion, now: float) -> None:
+        """A session with room for what will come; nobody can use it before `finish_import`.
+
+        Raises:
+            MessageError: its name is taken; SessionTooLong, KvBudgetExceeded, ResourceExhausted: no room.
+        """
+        if id in self._sessions or not id[1]:
+            raise MessageError(f"session {id[1]} is open already: an import needs a number of its own")
+        require_length(head.length, self._kv.slot_tokens, self._max_positions, head.length)
+        session = self._open(id, 0, head.rows, head.precision, now)
+        session.adapter, session.follow = adapter, head.follow
+        session.length, session.is_arriving = head.length, True
+
+    def arriving(self, id: SessionId, now: float) -> Session:
+        """Raises SessionLost where no such session is being imported any more."""
+        session = self._sessions.get(id)
+        if session is None or not session.is_arriving:
+            raise SessionLost(f"session {id[1]} was closed while it was imported: import it again")
+        self.renew(session, now)
+        return session
+
+    def renew(self, session: Session, now: float) -> None:
+        """Its client is there: its lease begins anew."""
+        session.lease_s = self._config.lease_s
+        session.lease_until = now + session.lease_s
 
     def close(self, client: bytes, message: CloseMessage) -> None:
         """Free the session's slots; closing what is not there is no error."""
-        id = (client, message.session)
-        if self._is_open(id, message.incarnation):
-            self.drop(self._sessions[id])
+        session = self._sessions.get((client, message.session))
+        if session is not None and session.incarnation == message.incarnation:
+            self.drop(session)
 
     def drop(self, session: Session) -> None:
         """Free all that the session holds, whatever state it is in."""
-        # A step that failed may have written beyond the session's length.
-        written = session.length + (session.running.message.tokens if session.running else 0)
         del self._sessions[session.id]
         self._answers.forget(session.id)
-        self._kv.give_back(session.slots, min(written, self._kv.slot_tokens))
+        session.free(self._kv)
         session.running = None
 
     def expire(self, now: float) -> int:
@@ -167,33 +207,21 @@ class SessionTable:
                 session.lease_s = min(session.lease_s, self._config.orphan_lease_s)
 
     def _is_open(self, id: SessionId, incarnation: int) -> bool:
-        return id in self._sessions and self._sessions[id].incarnation == incarnation
+        session = self._sessions.get(id)
+        return session is not None and session.incarnation == incarnation and not session.is_arriving
 
     def _open_for(self, id: SessionId, message: StepMessage, opening: OpenSession, now: float) -> Session:
         if not id[1] or message.key.step != 1:
             raise MessageError("a session opens with a number of its own and its step 1")
         if message.keep_positions or message.select_rows is not None:
             raise MessageError("a session that opens has nothing to keep or to select")
-        adapter = self._adapter(opening)
+        adapter = self.adapter(opening.adapter)
         require_room(message, 0, self._kv.slot_tokens, self._max_positions)
         if (older := self._sessions.get(id)) is not None:
             self._fence(older, message.key.incarnation)
         session = self._open(id, message.key.incarnation, message.rows, opening.precision, now)
         session.adapter, session.follow = adapter, opening.follow
         return session
-
-    def _adapter(self, opening: OpenSession) -> AdapterVersion:
-        """What the session generates with; version 0 is the newest."""
-        wanted = opening.adapter
-        if not wanted.adapter:
-            return BARE
-        found = self._adapter_named(wanted.adapter)
-        if wanted.version and wanted.version != found.number:
-            raise AdapterError(
-                f"adapter {wanted.adapter!r} is at version {found.number}, not {wanted.version}: "
-                "versions that no session holds are gone"
-            )
-        return found
 
     def _fence(self, older: Session, incarnation: int) -> None:
         """A newer incarnation takes the name over; an older one is turned away."""

@@ -37,6 +37,8 @@ class StepQueue:
         future: Future[Result] = Future()
 
         def request() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 future.set_result(work())
             except Exception as error:

@@ -51,6 +51,8 @@ class Hall:
     handover: Handover
     runs: RunStore
     streams: set[ClientStream] = field(default_factory=set)
+    moving: set[object] = field(default_factory=set)
+    """Sessions that are being exported."""
 
     def lane(self, hello: pb.Hello) -> Lane:
         """A further connection of the stream that its ticket names; raises MessageError where none is."""

@@ -7,11 +7,12 @@ from typing import Any
 
 import grpc
 
-from splitlearn.errors import NotServed, SplitLearnError
+from splitlearn.errors import SplitLearnError
 from splitlearn.server.client_stream import ClientStream, Hall, Requests, first_hello
 from splitlearn.server.facts import facts_of
 from splitlearn.server.refusal import Context, refuse
 from splitlearn.server.run_calls import RunCalls
+from splitlearn.server.session_calls import SessionCalls
 from splitlearn.wire.chunks import deserialize_client, serialize
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.generated import splitlearn_pb2_grpc as rpc
@@ -20,8 +21,8 @@ from splitlearn.wire.handshake import facts_to_proto
 SERVICE = pb.DESCRIPTOR.services_by_name["Trunk"].full_name
 
 
-class TrunkService(RunCalls, rpc.TrunkServicer):
-    """What a client can call; calls that are not served yet are answered with NotServed."""
+class TrunkService(RunCalls, SessionCalls, rpc.TrunkServicer):
+    """What a client can call."""
 
     def __init__(self, hall: Hall) -> None:
         self._hall = hall
@@ -64,16 +65,3 @@ class _Handlers:
 
     def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
         self.found |= handlers
-
-
-def _not_served(name: str) -> Any:
-    async def method(self: TrunkService, request: Any, context: Context) -> None:
-        await refuse(context, NotServed(f"{name} is in the protocol, but this version does not serve it"))
-
-    method.__name__ = name
-    return method
-
-
-for _method in pb.DESCRIPTOR.services_by_name["Trunk"].methods:
-    if getattr(TrunkService, _method.name) is getattr(rpc.TrunkServicer, _method.name):
-        setattr(TrunkService, _method.name, _not_served(_method.name))

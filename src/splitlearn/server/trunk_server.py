@@ -163,8 +163,8 @@ class TrunkServer:
 
 
 def _is_quiet(hall: Hall) -> bool:
-    """No answer is owed; and no session is open, or none has been answered for a second."""
-    if any(stream.owed for stream in hall.streams):
+    """No answer is owed, no session leaves; and none is open, or none has been answered for a second."""
+    if hall.moving or any(stream.owed for stream in hall.streams):
         return False
     idle_since = time.monotonic() - QUIET_S
     return not hall.engine.open_sessions or all(stream.last_answer_at < idle_since for stream in hall.streams)

@@ -24,7 +24,7 @@ from splitlearn.model.plan import SplitPlan
 from splitlearn.model.weights import load_trunk
 from splitlearn.vocabulary import StepKey
 from splitlearn.wire.codecs import CODECS
-from splitlearn.wire.handshake import CLIENT_ID_BYTES, Agreement
+from splitlearn.wire.handshake import CLIENT_ID_BYTES, Agreement, ModelIdentity
 from splitlearn.wire.messages import (
     AdapterMessage,
     AnswerMessage,
@@ -35,6 +35,7 @@ from splitlearn.wire.messages import (
     RunStepMessage,
     StepMessage,
 )
+from splitlearn.wire.sessions import Collected, MovedSession
 
 FORK_S = 60.0
 SMALL = SessionConfig(kv_budget_bytes=1 << 20, session_tokens=96)
@@ -107,6 +108,23 @@ class LoopbackTransport:
 
     def fork(self, message: ForkMessage) -> None:
         _within(FORK_S, self._engine.fork(self._client, message))
+
+    def export_session(self, session: int, layers: int) -> MovedSession:
+        moves, id = self._engine.moves, (self._client, session)
+        head = _within(FORK_S, moves.head(id))
+        collected = Collected(head, layers)
+        for box in moves.boxes(head, self.agreement.chunk_bytes):
+            collected.add(_within(FORK_S, moves.read(id, head, box)))
+        plan = self._engine.trunk.plan
+        # An engine alone knows its cut, and not which model it has the trunk of.
+        return collected.joined(ModelIdentity(0, 0, len(plan.bottom), len(plan.trunk), len(plan.top)))
+
+    def import_session(self, session: int, moved: MovedSession) -> None:
+        moves, id = self._engine.moves, (self._client, session)
+        _within(FORK_S, moves.begin(id, moved.head))
+        for part in moved.parts(self.agreement.chunk_bytes):
+            _within(FORK_S, moves.write(id, part))
+        _within(FORK_S, moves.finish(id))
 
     def close_session(self, message: CloseMessage) -> None:
         self._engine.close(self._client, message)

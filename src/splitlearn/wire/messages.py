@@ -10,7 +10,7 @@ from torch import Tensor
 from splitlearn.errors import SplitLearnError
 from splitlearn.vocabulary import LoraSettings, Precision, RunSettings, StepKey, Timings, Versions
 
-# B rows   T tokens   D hidden
+# B rows   T tokens   D hidden   H key/value heads   E head size
 
 OPEN, BROKEN, SAVED = "open", "broken", "saved"
 """Where a run is: in memory, in memory and half stepped, on disk alone."""
@@ -124,6 +124,38 @@ class CloseMessage:
 
     session: int
     incarnation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SessionHead:
+    """What a session that moves is, beside its keys and values.
+
+    `next_step` is where it stood when it was exported; `precision.weights` is its cache's dtype, and
+    `adapter_digest` tells its adapter's weights from others of the same name and version.
+    """
+
+    rows: int
+    length: int
+    next_step: int = 1
+    adapter: Versions = Versions()
+    adapter_digest: int = 0
+    follow: bool = False
+    precision: Precision = Precision()
+
+
+@dataclass(frozen=True, slots=True)
+class SessionPart:
+    """Keys and values (B, H, T, E) of a box of one layer of the trunk, which begins at this row and position.
+
+    `visible_BT` says, in layer 0, which of its tokens may be looked at; None is all.
+    """
+
+    layer: int
+    first_row: int
+    first_position: int
+    keys_BHTE: Tensor
+    values_BHTE: Tensor
+    visible_BT: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

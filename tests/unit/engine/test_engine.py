@@ -253,6 +253,15 @@ def test_a_stopped_engine_answers_what_still_waits(trunk):
         result(waiting)
 
 
+def submitted_at_once(engine, number, sessions):
+    """The engine sees all of them or none: one that it ran alone would be waited for by the others."""
+    all_there = threading.Event()
+    engine._queue.ask(lambda: all_there.wait(WAIT_S))
+    futures = [engine.submit(ME, step(number, tokens(1), session)) for session in sessions]
+    all_there.set()
+    return futures
+
+
 def test_a_lone_step_waits_for_sessions_that_come_back(trunk):
     sessions = SessionConfig(kv_budget_bytes=1 << 20, session_tokens=64)
     engine = Engine(trunk, BatchingConfig(wait_ms=WAIT_S * 1000), sessions)
@@ -261,8 +270,7 @@ def test_a_lone_step_waits_for_sessions_that_come_back(trunk):
     for opening in openings:
         result(opening)
     for number in (2, 3):
-        # Nobody has come back before number 2, so that those need not run together.
-        for future in [engine.submit(ME, step(number, tokens(1), session)) for session in (1, 2)]:
+        for future in submitted_at_once(engine, number, sessions=(1, 2)):
             result(future)
     ran = count_runs(engine)
     first = engine.submit(ME, step(4, tokens(1), 1))
@@ -280,8 +288,7 @@ def test_an_engine_that_waits_for_company_stops_at_once(trunk):
     engine = Engine(trunk, BatchingConfig(wait_ms=1e9), sessions)
     engine.start()
     for number in (1, 2, 3):
-        futures = [engine.submit(ME, step(number, tokens(1), session)) for session in (1, 2)]
-        for future in futures:
+        for future in submitted_at_once(engine, number, sessions=(1, 2)):
             result(future)
     waiting = engine.submit(ME, step(4, tokens(1), 1))
     engine._queue.ask(lambda: None).result(WAIT_S)
@@ -312,3 +319,38 @@ def test_an_engine_that_fails_says_so_and_leaves_nobody_waiting(trunk):
         result(engine.submit(ME, step(1, tokens(4), 3)))
     with pytest.raises(TrunkDraining):
         engine.close(ME, CloseMessage(1)).result(WAIT_S)
+
+
+def test_a_request_whose_client_gave_up_is_not_done_and_harms_nobody(trunk):
+    engine = Engine(trunk, BatchingConfig(), SessionConfig(kv_budget_bytes=1 << 20, session_tokens=64))
+    opened = engine.submit(ME, step(1, tokens(3)))
+    given_up = engine.fork(ME, ForkMessage(1, 2, at_step=1))
+    given_up.cancel()
+    engine.start()
+    assert opened.result(WAIT_S).error is None
+    assert engine.fork(ME, ForkMessage(1, 3, at_step=1)).result(WAIT_S) is None
+    assert engine.open_sessions == 2
+    engine.stop()
+
+
+def test_rows_that_changed_places_are_read_where_they_lie_and_answered_in_their_order(engine, trunk):
+    plans = []
+    run = engine._runner.run
+    engine._runner.run = lambda plan, *args, **how: plans.append(plan) or run(plan, *args, **how)
+    engine.start()
+    text, more = tokens(5, rows=4), tokens(2, rows=4, seed=7)
+    padding = torch.ones(4, 5, dtype=torch.bool)
+    padding[2, :3] = False
+    result(engine.submit(ME, step(1, text, mask_columns_BT=padding)))
+    selected = (2, 0, 3, 1)
+    positions = torch.tensor([[5, 6], [6, 7], [7, 8], [8, 9]])
+    found = result(engine.submit(ME, step(2, more, open=None, select_rows=selected, positions_BT=positions)))
+    assert plans[1].contiguous
+    for row, old in enumerate(selected):
+        with torch.no_grad():
+            expected = trunk(
+                torch.cat([text[old], more[row]])[None],
+                attention_mask=torch.cat([padding[old], torch.ones(2, dtype=torch.bool)])[None].long(),
+                position_ids=torch.cat([torch.arange(5), positions[row]])[None],
+            )[:, -2:]
+        torch.testing.assert_close(found[row : row + 1], expected, atol=1e-6, rtol=1e-5)

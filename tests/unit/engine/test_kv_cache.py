@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.ops import aten
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from splitlearn.engine.kv_cache import KvCache, LayerShape
 from splitlearn.errors import KvBudgetExceeded, SettingError
@@ -85,11 +87,49 @@ def test_a_copy_takes_the_tokens_that_are_there_and_their_mask():
     source, target = kv.take(2)
     fill(kv, source, 7.0)
     kv.hide((source,), 0, torch.tensor([[False, True]]))
-    kv.copy(source, target, 2)
+    kv.copy([(source, target)], 2)
     for layer in (*kv.keys_SHLE, *kv.values_SHLE):
         assert (layer[target, :, :2] == 7).all()
         assert not layer[target, :, 2:].any()
     assert kv.visible_SL[target].tolist() == kv.visible_SL[source].tolist()
+
+
+def test_copies_of_several_slots_are_those_of_each_by_itself():
+    kv = cache(slots=8)
+    for slot in kv.take(8):
+        fill(kv, slot, float(slot))
+    kv.copy([(1, 6), (0, 4), (2, 7)], 6)
+    assert [layer[:, 0, 0, 0].tolist() for layer in kv.keys_SHLE] == [[0, 1, 2, 3, 0, 5, 1, 2]] * 2
+
+
+class Operations(TorchDispatchMode):
+    """Counts what the device would be told to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.writes += function in (aten.zero_.default, aten.copy_.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layers", [1, 28])
+def test_neighbouring_slots_are_copied_and_wiped_in_one_operation_for_all_layers(layers):
+    kv = KvCache(
+        [LayerShape(2, 4, 4)] * layers,
+        budget_bytes=16 * 6 * layers * 16 * 4,
+        slot_tokens=6,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    slots = kv.take(16)
+    with Operations() as counted:
+        kv.wipe(slots[:8], 2, 6)
+    assert counted.writes == 1
+    with Operations() as counted:
+        kv.copy(zip(slots[:8], slots[8:], strict=True), 4)
+    assert counted.writes == 2, "keys and values, and the mask"
 
 
 def test_wiped_tokens_are_forgotten_and_the_others_kept():

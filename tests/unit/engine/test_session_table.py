@@ -125,7 +125,7 @@ def test_a_fork_is_a_session_of_its_own_with_the_same_tokens():
     table.fork(ME, ForkMessage(1, 2, at_step=1), now=0.0)
     child = table.find((ME, 2), 0)
     assert (child.length, child.rows, child.next_step) == (1, 2, 1)
-    assert table.kv.keys_SHLE[0][child.slots[1], 0, 0, 0] == 5
+    assert table.kv.keys_SHLE[0][child.holding[1], 0, 0, 0] == 5
     assert not set(child.slots) & set(session.slots)
 
 

@@ -1,4 +1,4 @@
-"""A server says what it is, refuses what it does not serve, and stops in order."""
+"""A server says what it is, serves the whole protocol, and stops in order."""
 
 import socket
 from contextlib import contextmanager
@@ -14,7 +14,6 @@ from splitlearn.client.grpc_transport import GrpcTransport
 from splitlearn.config import ClientConfig
 from splitlearn.errors import (
     MessageError,
-    NotServed,
     ProtocolMismatch,
     ResourceExhausted,
     SettingError,
@@ -22,6 +21,7 @@ from splitlearn.errors import (
     SplitPlanError,
     TrunkUnreachable,
 )
+from splitlearn.server.service import TrunkService
 from splitlearn.testing.tiny import tiny_model
 from splitlearn.wire.frames import FrameFormat
 from splitlearn.wire.generated import splitlearn_pb2 as pb
@@ -72,24 +72,9 @@ def test_a_server_describes_itself(server):
     assert not facts.draining
 
 
-@pytest.mark.parametrize(
-    ("call", "request_message"),
-    [
-        ("ImportSession", iter([pb.SessionPart()])),
-    ],
-)
-def test_what_belongs_to_later_versions_is_not_served(server, call, request_message):
-    with stub(server) as trunk, pytest.raises(grpc.RpcError) as refused:
-        getattr(trunk, call)(request_message, timeout=DEADLINE_S)
-    assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
-    assert isinstance(error_of(refused.value, ""), NotServed)
-
-
-@pytest.mark.parametrize("call", ["ExportSession"])
-def test_streams_that_belong_to_later_versions_are_not_served(server, call):
-    with stub(server) as trunk, pytest.raises(grpc.RpcError) as refused:
-        list(getattr(trunk, call)(pb.ExportSessionRequest(), timeout=DEADLINE_S))
-    assert isinstance(error_of(refused.value, ""), NotServed)
+def test_every_call_of_the_protocol_is_served():
+    calls = [method.name for method in pb.DESCRIPTOR.services_by_name["Trunk"].methods]
+    assert [name for name in calls if getattr(TrunkService, name) is getattr(rpc.TrunkServicer, name)] == []
 
 
 def test_a_stream_begins_with_a_hello(server):

@@ -785,7 +785,7 @@ class ExportSessionRequest(_message.Message):
     def __init__(self, session: _Optional[int] = ..., incarnation: _Optional[int] = ..., client: _Optional[bytes] = ...) -> None: ...
 
 class SessionPart(_message.Message):
-    __slots__ = ("session", "incarnation", "client", "next_step", "layer", "first_position", "keys", "values", "mask_columns", "adapter", "last", "fingerprint")
+    __slots__ = ("session", "incarnation", "client", "next_step", "layer", "first_position", "keys", "values", "mask_columns", "adapter", "last", "fingerprint", "precision", "first_row", "rows", "length", "adapter_digest")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
@@ -798,6 +798,11 @@ class SessionPart(_message.Message):
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    PRECISION_FIELD_NUMBER: _ClassVar[int]
+    FIRST_ROW_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     session: int
     incarnation: int
     client: bytes
@@ -810,7 +815,12 @@ class SessionPart(_message.Message):
     adapter: AdapterVersion
     last: bool
     fingerprint: Fingerprint
-    def __init__(self, session: _Optional[int] = ..., incarnation: _Optional[int] = ..., client: _Optional[bytes] = ..., next_step: _Optional[int] = ..., layer: _Optional[int] = ..., first_position: _Optional[int] = ..., keys: _Optional[_Union[Frame, _Mapping]] = ..., values: _Optional[_Union[Frame, _Mapping]] = ..., mask_columns: _Optional[_Union[Frame, _Mapping]] = ..., adapter: _Optional[_Union[AdapterVersion, _Mapping]] = ..., last: bool = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ...) -> None: ...
+    precision: Precision
+    first_row: int
+    rows: int
+    length: int
+    adapter_digest: int
+    def __init__(self, session: _Optional[int] = ..., incarnation: _Optional[int] = ..., client: _Optional[bytes] = ..., next_step: _Optional[int] = ..., layer: _Optional[int] = ..., first_position: _Optional[int] = ..., keys: _Optional[_Union[Frame, _Mapping]] = ..., values: _Optional[_Union[Frame, _Mapping]] = ..., mask_columns: _Optional[_Union[Frame, _Mapping]] = ..., adapter: _Optional[_Union[AdapterVersion, _Mapping]] = ..., last: bool = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ..., first_row: _Optional[int] = ..., rows: _Optional[int] = ..., length: _Optional[int] = ..., adapter_digest: _Optional[int] = ...) -> None: ...
 
 class ImportSessionReply(_message.Message):
     __slots__ = ("session", "incarnation", "next_step")
