@@ -21,7 +21,15 @@ from splitlearn.cli.options import (
     setting,
 )
 from splitlearn.cli.sizes import parse_bytes
-from splitlearn.config import GIB, BatchingConfig, DTypeName, RunConfig, ServerConfig, SessionConfig
+from splitlearn.config import (
+    GIB,
+    AttentionName,
+    BatchingConfig,
+    DTypeName,
+    RunConfig,
+    ServerConfig,
+    SessionConfig,
+)
 from splitlearn.errors import TrunkFailed
 
 if TYPE_CHECKING:
@@ -43,7 +51,7 @@ def serve(
     ] = False,
     device: Annotated[str, setting(ServerConfig, "device")] = default_of(ServerConfig, "device"),
     dtype: Annotated[DTypeName, setting(ServerConfig, "dtype")] = "auto",
-    attention: Annotated[Literal["auto", "sdpa", "eager"], setting(ServerConfig, "attention")] = "auto",
+    attention: Annotated[AttentionName, setting(ServerConfig, "attention")] = "auto",
     threads: Annotated[int, setting(ServerConfig, "threads", min=0)] = default_of(ServerConfig, "threads"),
     kv_budget: Annotated[
         int, setting(SessionConfig, "kv_budget_bytes", "--kv-budget", parser=parse_bytes, metavar="BYTES")
