@@ -207,11 +207,7 @@ class TrunkSegment(nn.Module):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> Tensor:
-        """`attention_mask` is the family's 2-D mask; rows of a `ragged` batch go without it.
-
-        Raises:
-            UnsupportedCall: examples are packed into rows, which this attention does not tell apart.
-        """
+        """`attention_mask` is the family's 2-D mask; rows of a `ragged` batch go without it."""
         if self.attention not in FORMS and attention_mask is None:
             refuse_packed(position_ids, self.attention)
         positions = {"position_ids": position_ids} if self._takes_positions else {}
@@ -264,9 +260,8 @@ class TrunkSegment(nn.Module):
     @property
     def batched_reason(self) -> str:
         """Why they may not; empty where they may."""
-        if self.family.batched and self.attention not in FORMS:
-            return f"{self.attention} takes no masks by position"
-        return self.family.reason
+        no_masks = "" if self.attention in FORMS else f"{self.attention} takes no masks by position"
+        return self.family.reason or no_masks
 
     @property
     def layer_types(self) -> list[str]:
