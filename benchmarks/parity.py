@@ -35,7 +35,7 @@ def measure(family: str) -> dict[str, Any]:
             "batched": {
                 name: figures(found) | {"ragged_batches": found.ragged} for name, found in batched.items()
             },
-            "one_by_one_because": trunk.family.reason,
+            "one_by_one_because": trunk.batched_reason,
         }
 
 

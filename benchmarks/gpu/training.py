@@ -429,7 +429,7 @@ def trunk_ms(
         SplitPlan.for_config(checkpoint.config),
         dtype=dtype,
         device=bench.device,
-        attn_implementation=attention,
+        attention=attention,
     )
     sessions = SessionConfig(session_tokens=64, kv_budget_bytes=64 << 20)
     runs = RunConfig(tape_budget_bytes=70 << 30)

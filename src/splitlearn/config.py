@@ -21,6 +21,7 @@ from splitlearn.errors import SettingError
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 CodecName = Literal["raw", "half"]
+AttentionName = Literal["auto", "flash", "sdpa", "eager"]
 Share = Annotated[float, Field(gt=0, lt=1)]
 MIB = 1 << 20
 GIB = 1 << 30
@@ -171,8 +172,9 @@ class ServerConfig(Settings):
     """`cpu`, `cuda` or `cuda:1`; `auto` takes the first GPU if there is one."""
     dtype: DTypeName = "auto"
     """Precision of weights and KV cache; "auto" keeps the checkpoint's."""
-    attention: Literal["auto", "sdpa", "eager"] = "auto"
-    """Attention implementation; "auto" takes the library's choice for this family."""
+    attention: AttentionName = "auto"
+    """Attention implementation; `auto` takes `flash` (flash-attention) where it is installed and batching is
+    not lost by it, then `sdpa`, then `eager`, and says why."""
     state_dir: Path = Field(default_factory=_state_dir)
     """Where training runs are saved, in a folder per model; made when the first is."""
     compile: CompileMode = "auto"

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
+from splitlearn.cli.main import app
 from splitlearn.cli.trunk_process import TrunkProcess
 from splitlearn.testing.pair import lively_model
 
@@ -68,6 +70,17 @@ def trunk(model_folder: Path) -> Iterator[TrunkProcess]:
     """The trunk of that model, cut 2/2/2."""
     with TrunkProcess(model_folder, "--session-tokens", "256") as process:
         yield process
+
+
+@pytest.fixture(scope="session")
+def splitlearn_here() -> Run:
+    """The command in this process, which has torch already: where a new process would show nothing more."""
+
+    def run(*words: object, said: str = "") -> subprocess.CompletedProcess[str]:
+        ended = CliRunner().invoke(app, [*map(str, words)], input=said)
+        return subprocess.CompletedProcess(words, ended.exit_code, ended.stdout, ended.stderr)
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import warnings
 import pytest
 
 from splitlearn import AutoSplitModelForCausalLM, TrunkServer
+from splitlearn.errors import SettingError
 from splitlearn.testing import tiny_model
 
 SETTINGS = {"port": 0, "sessions": {"kv_budget_bytes": 1 << 20, "session_tokens": 64}}
@@ -25,3 +26,8 @@ def test_another_attention_at_the_trunk_is_said_with_what_to_do(folder):
                 folder, trunk=server.address, attn_implementation="eager"
             )
         model.close()
+
+
+def test_what_is_not_possible_here_is_refused_before_anything_listens(folder):
+    with pytest.raises(SettingError, match="it needs a CUDA device"):
+        TrunkServer(folder, attention="flash", device="cpu", **SETTINGS).start()

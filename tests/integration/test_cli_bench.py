@@ -26,8 +26,8 @@ def test_rps_counts_steps_of_many_sessions_from_two_processes(splitlearn, trunk,
         assert 1 <= row["steps_per_batch"] <= row["sessions"]
 
 
-def test_rps_starts_a_trunk_of_its_own(splitlearn, model_folder, tmp_path):
-    done = splitlearn(*RPS, model_folder, "--sessions", 2, "--output", tmp_path / "rps.json")
+def test_rps_starts_a_trunk_of_its_own(splitlearn_here, model_folder, tmp_path):
+    done = splitlearn_here(*RPS, model_folder, "--sessions", 2, "--output", tmp_path / "rps.json")
     assert done.returncode == 0, done.stderr
     assert "steps/s" in done.stdout
     report = json.loads((tmp_path / "rps.json").read_text())
@@ -35,16 +35,16 @@ def test_rps_starts_a_trunk_of_its_own(splitlearn, model_folder, tmp_path):
     assert report["rows"][0]["failed"] == 0
 
 
-def test_a_server_that_is_told_to_batch_nothing_runs_one_step_at_a_time(splitlearn, model_folder):
+def test_a_server_that_is_told_to_batch_nothing_runs_one_step_at_a_time(splitlearn_here, model_folder):
     with TrunkProcess(model_folder, "--max-batch-rows", "1", "--wait-ms", "0") as trunk:
-        done = splitlearn(*RPS, model_folder, "--trunk", trunk.address, "--sessions", 4, "--json")
+        done = splitlearn_here(*RPS, model_folder, "--trunk", trunk.address, "--sessions", 4, "--json")
     assert done.returncode == 0, done.stderr
     # Two steps that took equally long are told for one batch.
     assert json.loads(done.stdout)["rows"][0]["steps_per_batch"] < 2
 
 
-def test_rps_refuses_texts_that_the_trunk_has_no_room_for(splitlearn, trunk, model_folder):
-    done = splitlearn("bench", "rps", model_folder, "--trunk", trunk.address, "--text-tokens", 1000)
+def test_rps_refuses_texts_that_the_trunk_has_no_room_for(splitlearn_here, trunk, model_folder):
+    done = splitlearn_here("bench", "rps", model_folder, "--trunk", trunk.address, "--text-tokens", 1000)
     assert done.returncode == 1
     assert "takes 256" in done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -64,20 +64,20 @@ def test_decode_counts_every_token_of_split_and_whole(splitlearn, trunk, model_f
 
 
 def test_decode_leaves_the_whole_model_out_where_the_folder_has_not_all_of_it(
-    splitlearn, trunk, model_folder, tmp_path
+    splitlearn_here, trunk, model_folder, tmp_path
 ):
     sliced = tmp_path / "client"
-    assert splitlearn("slice", model_folder, "--part", "client", "--output", sliced).returncode == 0
-    done = splitlearn(*DECODE, sliced, "--trunk", trunk.address, "--sessions", 1)
+    assert splitlearn_here("slice", model_folder, "--part", "client", "--output", sliced).returncode == 0
+    done = splitlearn_here(*DECODE, sliced, "--trunk", trunk.address, "--sessions", 1)
     assert done.returncode == 0, done.stderr
     assert "whole" not in done.stdout
 
 
-def test_plot_says_what_it_needs(splitlearn, tmp_path):
+def test_plot_says_what_it_needs(splitlearn_here, tmp_path):
     figures = tmp_path / "figures.json"
     rows = [{"sessions": 1, "steps_per_s": 1.0, "latency": {"p50_ms": 1.0}}]
     figures.write_text(json.dumps({"question": "rps", "model": "m", "rows": rows}))
-    done = splitlearn("bench", "plot", figures, "--output", tmp_path / "picture.png")
+    done = splitlearn_here("bench", "plot", figures, "--output", tmp_path / "picture.png")
     if importlib.util.find_spec("matplotlib") is None:
         assert done.returncode == 1
         assert done.stderr.startswith("error: a picture needs matplotlib")
@@ -86,7 +86,7 @@ def test_plot_says_what_it_needs(splitlearn, tmp_path):
         assert (tmp_path / "picture.png").is_file()
 
 
-def test_bench_without_a_question_says_how_to_ask(splitlearn):
-    done = splitlearn("bench")
+def test_bench_without_a_question_says_how_to_ask(splitlearn_here):
+    done = splitlearn_here("bench")
     assert done.returncode == 2
     assert "splitlearn bench --help" in done.stderr

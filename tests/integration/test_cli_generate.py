@@ -50,9 +50,9 @@ def test_streams_the_whole_models_greedy_text(splitlearn, trunk, model_folder):
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_json_has_the_tokens_and_the_bytes_that_crossed(splitlearn, trunk, model_folder, cache):
+def test_json_has_the_tokens_and_the_bytes_that_crossed(splitlearn_here, trunk, model_folder, cache):
     words = ["generate", model_folder, "--trunk", trunk.address, "--prompt", "-", "--max-new-tokens", NEW]
-    done = splitlearn(*words, "--json", *([] if cache else ["--no-cache"]), said=PROMPT + "\n")
+    done = splitlearn_here(*words, "--json", *([] if cache else ["--no-cache"]), said=PROMPT + "\n")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     prompt, new = told["prompt_tokens"], told["tokens"]
@@ -66,19 +66,19 @@ def test_json_has_the_tokens_and_the_bytes_that_crossed(splitlearn, trunk, model
     assert done.stderr == ""
 
 
-def test_a_seed_samples_what_the_whole_model_samples(splitlearn, trunk, model_folder):
+def test_a_seed_samples_what_the_whole_model_samples(splitlearn_here, trunk, model_folder):
     words = ["generate", model_folder, "--trunk", trunk.address, "--prompt", PROMPT, "--max-new-tokens", NEW]
-    done = splitlearn(*words, "--json", "--temperature", 0.8, "--top-p", 0.9, "--seed", 7)
+    done = splitlearn_here(*words, "--json", "--temperature", 0.8, "--top-p", 0.9, "--seed", 7)
     assert done.returncode == 0, done.stderr
     set_seed(7)
     sampled = whole_ids(model_folder, do_sample=True, temperature=0.8, top_p=0.9)
     assert json.loads(done.stdout)["token_ids"] == sampled
 
 
-def test_no_session_is_left_on_the_trunk(splitlearn, trunk, model_folder):
+def test_no_session_is_left_on_the_trunk(splitlearn_here, trunk, model_folder):
     from splitlearn.client.calls import describe
 
-    splitlearn("generate", model_folder, "--trunk", trunk.address, "--prompt", PROMPT)
+    splitlearn_here("generate", model_folder, "--trunk", trunk.address, "--prompt", PROMPT)
     assert describe(trunk.address, 10).sessions == 0
 
 
@@ -89,23 +89,23 @@ def test_nothing_listens_there(splitlearn, model_folder):
 
 
 @pytest.mark.parametrize("server", ["http", "silent"])
-def test_what_listens_there_is_no_trunk(splitlearn, model_folder, server):
+def test_what_listens_there_is_no_trunk(splitlearn_here, model_folder, server):
     with {"http": http_server, "silent": silent_server}[server]() as port:
-        done = splitlearn("generate", model_folder, "--trunk", f"127.0.0.1:{port}", "--prompt", PROMPT)
+        done = splitlearn_here("generate", model_folder, "--trunk", f"127.0.0.1:{port}", "--prompt", PROMPT)
     assert done.returncode == 1
     assert f"127.0.0.1:{port}" in one_line(done.stderr)
 
 
-def test_the_trunk_is_of_another_model(splitlearn, trunk, make_model):
+def test_the_trunk_is_of_another_model(splitlearn_here, trunk, make_model):
     other = make_model(seed=1)
-    done = splitlearn("generate", other, "--trunk", trunk.address, "--prompt", PROMPT)
+    done = splitlearn_here("generate", other, "--trunk", trunk.address, "--prompt", PROMPT)
     assert done.returncode == 1
     assert "another model" in one_line(done.stderr)
 
 
-def test_the_trunk_is_cut_elsewhere(splitlearn, trunk, model_folder):
+def test_the_trunk_is_cut_elsewhere(splitlearn_here, trunk, model_folder):
     words = ["generate", model_folder, "--trunk", trunk.address, "--prompt", PROMPT]
-    done = splitlearn(*words, "--bottom-layers", 3, "--top-layers", 2)
+    done = splitlearn_here(*words, "--bottom-layers", 3, "--top-layers", 2)
     assert done.returncode == 1
     assert "2/2/2" in one_line(done.stderr)
 

@@ -31,18 +31,18 @@ def tensor_bytes(folder: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def slices(splitlearn, model_folder, tmp_path_factory) -> Path:
+def slices(splitlearn_here, model_folder, tmp_path_factory) -> Path:
     """A folder with both slices, as the command wrote them."""
     root = tmp_path_factory.mktemp("slices")
     for side in ("client", "trunk"):
-        done = splitlearn("slice", model_folder, "--part", side, "--output", root / side)
+        done = splitlearn_here("slice", model_folder, "--part", side, "--output", root / side)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(f"{root / side}: ")
     return root
 
 
-def test_plan_tells_the_sizes_of_the_real_slices(splitlearn, model_folder, slices):
-    told = json.loads(splitlearn("plan", model_folder, "--json", "--batch", 2, "--seq", 10).stdout)
+def test_plan_tells_the_sizes_of_the_real_slices(splitlearn_here, model_folder, slices):
+    told = json.loads(splitlearn_here("plan", model_folder, "--json", "--batch", 2, "--seq", 10).stdout)
     for side in ("client", "trunk"):
         assert told[side]["weight_bytes"] == tensor_bytes(slices / side)
     assert told["client"]["layers"] + told["trunk"]["layers"] == 6
@@ -50,9 +50,9 @@ def test_plan_tells_the_sizes_of_the_real_slices(splitlearn, model_folder, slice
     assert told["wire"]["prefill_bytes"] == 2 * 32 * 4 * 2 * 10
 
 
-def test_both_sides_run_from_their_slices(splitlearn, model_folder, slices):
+def test_both_sides_run_from_their_slices(splitlearn_here, model_folder, slices):
     with TrunkProcess(slices / "trunk") as trunk:
-        done = splitlearn(
+        done = splitlearn_here(
             "generate", slices / "client", "--trunk", trunk.address, "--prompt", PROMPT, "--json"
         )
     assert done.returncode == 0, done.stderr
@@ -66,8 +66,8 @@ def test_both_sides_run_from_their_slices(splitlearn, model_folder, slices):
     assert json.loads(done.stdout)["token_ids"] == ids[0, inputs.input_ids.shape[1] :].tolist()
 
 
-def test_verify_finds_split_and_whole_equal(splitlearn, trunk, model_folder):
-    done = splitlearn("verify", model_folder, "--trunk", trunk.address)
+def test_verify_finds_split_and_whole_equal(splitlearn_here, trunk, model_folder):
+    done = splitlearn_here("verify", model_folder, "--trunk", trunk.address)
     assert done.returncode == 0, done.stdout + done.stderr
     outcomes = [line.split()[0] for line in done.stdout.splitlines()]
     assert outcomes == ["ok"] * 6
@@ -75,25 +75,25 @@ def test_verify_finds_split_and_whole_equal(splitlearn, trunk, model_folder):
     assert list_runs(trunk.address, 10) == []
 
 
-def test_doctor_finds_nothing_wrong(splitlearn, trunk, model_folder):
-    done = splitlearn("doctor", model_folder, "--trunk", trunk.address)
+def test_doctor_finds_nothing_wrong(splitlearn_here, trunk, model_folder):
+    done = splitlearn_here("doctor", model_folder, "--trunk", trunk.address)
     assert done.returncode == 0, done.stdout + done.stderr
     outcomes = {line.split()[0] for line in done.stdout.splitlines()}
     assert outcomes <= {"ok", "warning"}
     assert "cut 2/2/2" in done.stdout
 
 
-def test_doctor_finds_the_trunk_of_another_model(splitlearn, trunk, make_model):
-    done = splitlearn("doctor", make_model(seed=1), "--trunk", trunk.address)
+def test_doctor_finds_the_trunk_of_another_model(splitlearn_here, trunk, make_model):
+    done = splitlearn_here("doctor", make_model(seed=1), "--trunk", trunk.address)
     assert done.returncode == 1
     (failed,) = [line for line in done.stdout.splitlines() if line.startswith("failed")]
     assert "same model" in failed
 
 
-def test_chat_answers_each_turn_as_the_whole_model_would(splitlearn, trunk, model_folder):
+def test_chat_answers_each_turn_as_the_whole_model_would(splitlearn_here, trunk, model_folder):
     turns, limit = ["Who?", "Why so?", "Well."], 12
     words = ["chat", model_folder, "--trunk", trunk.address, "--max-new-tokens", limit]
-    done = splitlearn(*words, "--system", "Brief.", said="\n".join([*turns, "/exit", "never said"]))
+    done = splitlearn_here(*words, "--system", "Brief.", said="\n".join([*turns, "/exit", "never said"]))
     assert done.returncode == 0, done.stderr
     assert done.stdout == "".join(answer + "\n" for answer in whole_answers(model_folder, turns, limit))
 

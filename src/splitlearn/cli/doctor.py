@@ -37,13 +37,14 @@ def doctor(
 
 def checks_of(model: str | None, trunk: str | None) -> Iterator[Check]:
     """Of this machine, this model and this trunk."""
-    from splitlearn.cli.machine_checks import check_gpu, check_memory, check_threads
+    from splitlearn.cli.machine_checks import check_attention, check_gpu, check_memory, check_threads
     from splitlearn.cli.trunk_checks import check_model, check_same_model, check_trunk
 
     yield check_threads(trunk)
     yield check_gpu()
     checkpoint, check = check_model(model)
     yield check
+    yield check_attention(checkpoint)
     yield check_memory(checkpoint)
     facts, check = check_trunk(trunk)
     yield check

@@ -11,8 +11,10 @@ from splitlearn.cli.memory import free_memory_bytes
 from splitlearn.cli.options import BOTTOM_LAYERS, TOP_LAYERS
 from splitlearn.cli.sizes import show_bytes
 from splitlearn.errors import SplitPlanError
+from splitlearn.model.attention import Device, choose_attention
 from splitlearn.model.checkpoint import Checkpoint
 from splitlearn.model.plan import SplitPlan
+from splitlearn.model.weights import resolve_dtype
 
 LIBRARIES_BYTES = 600_000_000
 """What python, torch, transformers and gRPC take before any model, roughly."""
@@ -35,6 +37,15 @@ def check_gpu() -> Check:
         return ok("gpu", "none that torch can use: what runs here runs on the CPU")
     free, total = torch.cuda.mem_get_info()
     return ok("gpu", f"{torch.cuda.get_device_name()}, {show_bytes(free)} of {show_bytes(total)} free")
+
+
+def check_attention(checkpoint: Checkpoint | None) -> Check:
+    """What a trunk of this model, served from here, would attend with."""
+    if checkpoint is None:
+        return skipped("attention", "depends on the model: splitlearn doctor MODEL")
+    device = Device.of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = choose_attention("auto", checkpoint.config, resolve_dtype("auto", checkpoint), device)
+    return ok("attention", f"a trunk served here takes {chosen.implementation} ({chosen.reason})")
 
 
 def check_memory(checkpoint: Checkpoint | None) -> Check:

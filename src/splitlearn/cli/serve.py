@@ -23,6 +23,7 @@ from splitlearn.cli.options import (
 from splitlearn.cli.sizes import parse_bytes
 from splitlearn.config import (
     GIB,
+    AttentionName,
     BatchingConfig,
     DTypeName,
     RunConfig,
@@ -50,7 +51,7 @@ def serve(
     ] = False,
     device: Annotated[str, setting(ServerConfig, "device")] = default_of(ServerConfig, "device"),
     dtype: Annotated[DTypeName, setting(ServerConfig, "dtype")] = "auto",
-    attention: Annotated[Literal["auto", "sdpa", "eager"], setting(ServerConfig, "attention")] = "auto",
+    attention: Annotated[AttentionName, setting(ServerConfig, "attention")] = "auto",
     threads: Annotated[int, setting(ServerConfig, "threads", min=0)] = default_of(ServerConfig, "threads"),
     kv_budget: Annotated[
         int, setting(SessionConfig, "kv_budget_bytes", "--kv-budget", parser=parse_bytes, metavar="BYTES")

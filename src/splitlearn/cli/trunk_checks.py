@@ -57,10 +57,11 @@ def check_same_model(checkpoint: Checkpoint | None, facts: TrunkFacts | None) ->
 
 def described(facts: TrunkFacts) -> str:
     """A trunk in one line."""
+    because = f" ({facts.attention_reason})" if facts.attention_reason else ""
     return (
         f"protocol {facts.protocol}, {facts.model_type} cut "
         f"{facts.bottom_layers}/{facts.trunk_layers}/{facts.top_layers}, {facts.precision.weights} on "
-        f"{facts.device}, {facts.attention} attention, {_way(facts.batched, facts.batched_reason)}, "
+        f"{facts.device}, {facts.attention} attention{because}, {_way(facts.batched, facts.batched_reason)}, "
         f"{facts.sessions} open, {show_bytes(facts.kv_bytes_free)} of its KV budget of "
         f"{show_bytes(facts.kv_bytes_total)} free"
     )

@@ -26,6 +26,7 @@ from splitlearn.client.training import prepare_training
 from splitlearn.client.transport import Transport
 from splitlearn.config import ClientConfig
 from splitlearn.errors import SettingError, SplitMismatch, UnsupportedCall
+from splitlearn.model.attention import FLASH
 from splitlearn.model.checkpoint import Checkpoint
 from splitlearn.model.devices import compile_mode
 from splitlearn.model.families import family_of
@@ -227,8 +228,11 @@ class SplitModel:
 
 
 def _warn_of_other_attention(here: str, there: str) -> None:
-    """Versions of the library choose differently for some families, and sdpa leaves soft caps out."""
-    if here != there:
+    """Versions of the library choose differently for some families, and sdpa leaves soft caps out.
+
+    Flash-attention is chosen where it computes what the family asks for, so it differs in last bits only.
+    """
+    if here != there and FLASH not in (here, there):
         warnings.warn(
             f"the trunk attends with {there}, this side with {here}: the text may differ from the whole "
             f"model's. Give attn_implementation={there!r} here, or start the server with --attention {here}",

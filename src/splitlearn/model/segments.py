@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from splitlearn.model.attention import refuse_packed
 from splitlearn.model.families import Family, family_of
 from splitlearn.model.masks import FORMS, with_slot_masks
 from splitlearn.model.plan import SplitPlan
@@ -30,6 +31,7 @@ from splitlearn.model.skeleton import (
     is_rotary,
     layer_list_name,
     layers_of,
+    only_layer_type,
 )
 from splitlearn.model.stand_in import AnswerForm, PassedLayer, RemoteLayer
 
@@ -166,16 +168,20 @@ def _enter_at(layer: nn.Module, entrance: Entrance) -> None:
 class TrunkSegment(nn.Module):
     """The trunk: hidden state in, hidden state out, through the family's own forward.
 
-    `causal_lm` has the whole model's shape and names (`model.layers.2...`) and the trunk's weights.
+    `causal_lm` has the whole model's shape and names (`model.layers.2...`) and the trunk's weights;
+    `attention_reason` says why its layers attend as they do.
     """
 
     causal_lm: PreTrainedModel
 
-    def __init__(self, causal_lm: PreTrainedModel, plan: SplitPlan, family: Family) -> None:
+    def __init__(
+        self, causal_lm: PreTrainedModel, plan: SplitPlan, family: Family, attention_reason: str = ""
+    ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
         self.plan = plan
         self.family = family
+        self.attention_reason = attention_reason
         self.config: PreTrainedConfig = causal_lm.config
         self.entrance = Entrance()
         decoder = decoder_of(causal_lm)
@@ -202,6 +208,8 @@ class TrunkSegment(nn.Module):
         past_key_values: Cache | None = None,
     ) -> Tensor:
         """`attention_mask` is the family's 2-D mask; rows of a `ragged` batch go without it."""
+        if self.attention not in FORMS and attention_mask is None:
+            refuse_packed(position_ids, self.attention)
         positions = {"position_ids": position_ids} if self._takes_positions else {}
         self.entrance.hidden_BTD = hidden_BTD
         try:
@@ -247,13 +255,19 @@ class TrunkSegment(nn.Module):
     @property
     def batched(self) -> bool:
         """Whether rows of different length may run together."""
-        return self.family.batched and self.attention in FORMS
+        return not self.batched_reason
+
+    @property
+    def batched_reason(self) -> str:
+        """Why they may not; empty where they may."""
+        no_masks = "" if self.attention in FORMS else f"{self.attention} takes no masks by position"
+        return self.family.reason or no_masks
 
     @property
     def layer_types(self) -> list[str]:
         """For each kept layer: full_attention, sliding_attention or chunked_attention."""
         named = getattr(self.config, "layer_types", None)
-        return list(named) if named else [_only_layer_type(self.config)] * self.num_layers
+        return list(named) if named else [only_layer_type(self.config)] * self.num_layers
 
     @property
     def sliding_window(self) -> list[int | None]:
@@ -277,15 +291,6 @@ class TrunkSegment(nn.Module):
     @property
     def device(self) -> torch.device:
         return self._a_weight.device
-
-
-def _only_layer_type(config: PreTrainedConfig) -> str:
-    """What all layers are where the configuration does not list them, as the library decides it."""
-    if getattr(config, "sliding_window", None) is not None:
-        return "sliding_attention"
-    if getattr(config, "attention_chunk_size", None) is not None:
-        return "chunked_attention"
-    return "full_attention"
 
 
 def _subclass(base: type[Any], **attributes: Any) -> type[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -61,6 +62,15 @@ def is_embedding(module: nn.Module) -> bool:
 def is_rotary(module: nn.Module) -> bool:
     """Rotary tables stand beside the layers but work within them."""
     return "rotary" in type(module).__name__.lower()
+
+
+def only_layer_type(config: Any) -> str:
+    """What all layers are where the configuration does not list them, as the library decides it."""
+    if getattr(config, "sliding_window", None) is not None:
+        return "sliding_attention"
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return "chunked_attention"
+    return "full_attention"
 
 
 def check_plan_fits(config: LayeredConfig, plan: SplitPlan) -> None:

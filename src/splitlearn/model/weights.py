@@ -11,7 +11,9 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
+from splitlearn.config import AttentionName
 from splitlearn.errors import CheckpointError, SettingError
+from splitlearn.model.attention import Device, choose_attention
 from splitlearn.model.checkpoint import Checkpoint, Side
 from splitlearn.model.families import causal_lm_class
 from splitlearn.model.fingerprint import Fingerprint, hash_config, hash_weights, split_of
@@ -46,12 +48,18 @@ def load_trunk(
     plan: SplitPlan,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
-    attn_implementation: str | None = None,
+    attention: AttentionName = "auto",
 ) -> TrunkSegment:
-    """The trunk's layers with their weights, ready to run."""
-    cut_class = trunk_class(causal_lm_class(checkpoint.config), plan)
-    causal_lm = _load(cut_class, checkpoint, "trunk", plan, dtype, device, attn_implementation)
-    return TrunkSegment(causal_lm, plan, checkpoint.family).eval()
+    """The trunk's layers with their weights, ready to run.
+
+    Raises:
+        SettingError: this attention is not possible here.
+    """
+    config, own_dtype = checkpoint.config, resolve_dtype(dtype, checkpoint)
+    chosen = choose_attention(attention, config, own_dtype, Device.of(torch.device(device)))
+    cut_class = trunk_class(causal_lm_class(config), plan)
+    causal_lm = _load(cut_class, checkpoint, "trunk", plan, own_dtype, device, chosen.implementation)
+    return TrunkSegment(causal_lm, plan, checkpoint.family, chosen.reason).eval()
 
 
 def fingerprint(checkpoint: Checkpoint, plan: SplitPlan) -> Fingerprint:

@@ -186,8 +186,9 @@ def load(config: ServerConfig) -> tuple[TrunkSegment, ModelIdentity]:
         plan,
         dtype=config.dtype,
         device=resolve_device(config.device),
-        attn_implementation=None if config.attention == "auto" else config.attention,
+        attention=config.attention,
     )
+    log.info("attention chosen", attention=trunk.attention, because=trunk.attention_reason)
     print_of = fingerprint(checkpoint, plan)
     sizes = (len(plan.bottom), len(plan.trunk), len(plan.top))
     return trunk, ModelIdentity.of(print_of.config_hash, print_of.weights_hash, *sizes)

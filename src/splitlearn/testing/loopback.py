@@ -15,7 +15,14 @@ from transformers import PreTrainedModel
 
 from splitlearn.client.split_model import connect
 from splitlearn.client.transport import Traffic
-from splitlearn.config import BatchingConfig, ClientConfig, RunConfig, SessionConfig, WireLimits
+from splitlearn.config import (
+    AttentionName,
+    BatchingConfig,
+    ClientConfig,
+    RunConfig,
+    SessionConfig,
+    WireLimits,
+)
 from splitlearn.engine.engine import Engine
 from splitlearn.engine.run import Run
 from splitlearn.errors import NotServed, StepTimeout
@@ -148,12 +155,16 @@ def split_over_loopback(
     sessions: SessionConfig = SMALL,
     runs: RunConfig | None = None,
     batching: BatchingConfig = BatchingConfig(),  # noqa: B008
+    attention: AttentionName = "auto",
     **how: Any,
 ) -> Iterator[PreTrainedModel]:
-    """The model in this folder, split 2/n/2 or as planned; `how` is `dtype` and the like, for both sides."""
+    """The model in this folder, split 2/n/2 or as planned; `how` is `dtype` and the like, for both sides.
+
+    `attention` is the trunk's.
+    """
     checkpoint = Checkpoint.open(folder)
     plan = plan or SplitPlan.for_config(checkpoint.config)
-    engine = Engine(load_trunk(checkpoint, plan, **how), batching, sessions, runs)
+    engine = Engine(load_trunk(checkpoint, plan, attention=attention, **how), batching, sessions, runs)
     engine.start()
     try:
         yield connect(checkpoint, plan, LoopbackTransport(engine, sessions), ClientConfig(), **how)

@@ -175,6 +175,7 @@ class TrunkFacts:
     precision: Precision = Precision()
     device: str = ""
     attention: str = ""
+    attention_reason: str = ""
     batched: bool = True
     batched_reason: str = ""
     session_tokens: int = 0

@@ -18,7 +18,7 @@ class Target:
     def refuse(self):
         raise SettingError("this cannot be")
     def sleep(self):
-        time.sleep(5)
+        time.sleep(1)
     def break_down(self):
         raise KeyError("a slip")
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from splitlearn.config import AttentionName
 from splitlearn.errors import SplitPlanError
 from splitlearn.model.checkpoint import Checkpoint
 from splitlearn.model.plan import SplitPlan
@@ -24,10 +25,11 @@ PLAN = SplitPlan(6, bottom_layers=2, top_layers=2)
 def split_of(folder_of, in_process) -> Callable:
     """The whole model, the client's model and its trunk, from one folder."""
 
-    def split(family: str, plan: SplitPlan = PLAN, **how):
+    def split(family: str, plan: SplitPlan = PLAN, attention: AttentionName = "auto"):
         folder: Path = folder_of(family)
         checkpoint = Checkpoint.open(folder)
-        trunk = in_process(load_trunk(checkpoint, plan, **how))
+        trunk = in_process(load_trunk(checkpoint, plan, attention=attention))
+        how = {} if attention == "auto" else {"attn_implementation": attention}
         return tiny_whole(folder, **how), load_client(checkpoint, plan, lambda: trunk, **how), trunk
 
     return split
@@ -68,7 +70,7 @@ def test_the_cut_may_lie_anywhere(split_of, family: str, plan: SplitPlan, ids: T
 
 
 def test_eager_attention_can_be_asked_for(split_of, ids: Tensor):
-    whole, client, trunk = split_of("llama", attn_implementation="eager")
+    whole, client, trunk = split_of("llama", attention="eager")
     assert (trunk.segment.attention, client.config._attn_implementation) == ("eager", "eager")
     assert torch.equal(client(ids, use_cache=False).logits, whole(ids, use_cache=False).logits)
 

@@ -69,6 +69,10 @@ def test_a_server_describes_itself(server):
     assert (facts.model_type, facts.hidden_size, facts.session_tokens) == ("llama", 32, 64)
     assert facts.kv_bytes_free == facts.kv_bytes_total > 0
     assert facts.batched
+    assert (facts.attention, facts.attention_reason) == (
+        "sdpa",
+        "flash-attention: it needs a CUDA device, this is cpu",
+    )
     assert not facts.draining
 
 

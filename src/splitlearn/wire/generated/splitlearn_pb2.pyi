@@ -452,7 +452,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeReply(_message.Message):
-    __slots__ = ("protocol", "software", "features", "fingerprint", "precision", "limits", "codecs", "model_type", "hidden_size", "device", "attention", "batched", "batched_reason", "kv_bytes_total", "kv_bytes_free", "sessions", "runs", "draining")
+    __slots__ = ("protocol", "software", "features", "fingerprint", "precision", "limits", "codecs", "model_type", "hidden_size", "device", "attention", "batched", "batched_reason", "kv_bytes_total", "kv_bytes_free", "sessions", "runs", "draining", "attention_reason")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
@@ -471,6 +471,7 @@ class DescribeReply(_message.Message):
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_REASON_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     software: str
     features: _containers.RepeatedScalarFieldContainer[str]
@@ -489,7 +490,8 @@ class DescribeReply(_message.Message):
     sessions: int
     runs: int
     draining: bool
-    def __init__(self, protocol: _Optional[int] = ..., software: _Optional[str] = ..., features: _Optional[_Iterable[str]] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., codecs: _Optional[_Iterable[_Union[Codec, str]]] = ..., model_type: _Optional[str] = ..., hidden_size: _Optional[int] = ..., device: _Optional[str] = ..., attention: _Optional[str] = ..., batched: bool = ..., batched_reason: _Optional[str] = ..., kv_bytes_total: _Optional[int] = ..., kv_bytes_free: _Optional[int] = ..., sessions: _Optional[int] = ..., runs: _Optional[int] = ..., draining: bool = ...) -> None: ...
+    attention_reason: str
+    def __init__(self, protocol: _Optional[int] = ..., software: _Optional[str] = ..., features: _Optional[_Iterable[str]] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., codecs: _Optional[_Iterable[_Union[Codec, str]]] = ..., model_type: _Optional[str] = ..., hidden_size: _Optional[int] = ..., device: _Optional[str] = ..., attention: _Optional[str] = ..., batched: bool = ..., batched_reason: _Optional[str] = ..., kv_bytes_total: _Optional[int] = ..., kv_bytes_free: _Optional[int] = ..., sessions: _Optional[int] = ..., runs: _Optional[int] = ..., draining: bool = ..., attention_reason: _Optional[str] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("code", "message", "figures", "current_step", "current_version", "retry_after_ms")
