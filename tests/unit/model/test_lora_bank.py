@@ -36,7 +36,8 @@ class Mixture:
 
     def run(self, rows: slice = slice(None)) -> Tensor:
         with torch.inference_mode():
-            return self.trunk(HIDDEN_BTD[rows], position_ids=torch.arange(TOKENS)[None])
+            hidden_BTD = HIDDEN_BTD[rows].to(self.trunk.dtype)
+            return self.trunk(hidden_BTD, position_ids=torch.arange(TOKENS)[None])
 
     def mixed(self, places: list[int]) -> Tensor:
         self.slots.bind(None)
