@@ -131,6 +131,7 @@ class BankedLayer:
             x_RTI = x.reshape(rows, -1, x.shape[-1]).to(DTYPE)
             low_RTK = torch.bmm(x_RTI, self.down_SIK.index_select(0, place_R))
             added_RTO = torch.bmm(low_RTK, self.up_SKO.index_select(0, place_R))
-            return (out + added_RTO.view(out.shape)).to(out.dtype)
+            # Added in float32 and rounded once, as PEFT does it.
+            return out.add_(added_RTO.view(out.shape))
 
         return forward

@@ -1,7 +1,8 @@
-"""A version has a place in the bank for as long as sessions hold it; steps of several adapters run together."""
+"""A version has a place while sessions hold it; steps of several adapters run together as if alone."""
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from splitlearn.config import BatchingConfig, SessionConfig
+from splitlearn.config import BatchingConfig, CompileMode, SessionConfig
 from splitlearn.engine.adapter_bank import AdapterBank
+from splitlearn.engine.decode_graphs import DecodeGraph
 from splitlearn.engine.engine import Engine
+from splitlearn.engine.run import Run
 from splitlearn.engine.trunk_state import BARE, AdapterVersion
 from splitlearn.errors import AdapterError
 from splitlearn.model import lora_bank
@@ -19,9 +22,17 @@ from splitlearn.model.lora import LoraSlots
 from splitlearn.model.plan import SplitPlan
 from splitlearn.model.segments import TrunkSegment
 from splitlearn.testing.tiny import tiny_config
-from splitlearn.vocabulary import LoraSettings, Precision, StepKey, Versions
-from splitlearn.wire.messages import AdapterMessage, AnswerMessage, CloseMessage, ForkMessage, OpenSession
-from splitlearn.wire.messages import StepMessage as Message
+from splitlearn.vocabulary import LoraSettings, Precision, RunSettings, StepKey, Versions
+from splitlearn.wire.messages import (
+    AdapterMessage,
+    AnswerMessage,
+    CloseMessage,
+    ForkMessage,
+    OpenRun,
+    OpenSession,
+    OptimizerStep,
+    StepMessage,
+)
 
 ME, WAIT_S, HIDDEN = b"me", 20, 32
 ROOMY = 1 << 24
@@ -195,15 +206,23 @@ def test_without_memory_adapters_run_apart_from_then_on(whole, monkeypatch) -> N
 # ---------------------------------------------------------------- batches
 
 
+@contextmanager
+def running(whole: PreTrainedModel, compile: CompileMode) -> Iterator[Engine]:
+    sessions = SessionConfig(kv_budget_bytes=1 << 20, session_tokens=64)
+    engine = Engine(trunk_of(whole), BatchingConfig(), sessions, compile=compile)
+    engine.start()
+    try:
+        for seed, name in enumerate(ADAPTERS):
+            engine.runs.load_adapter(message(whole, name, seed)).result(WAIT_S)
+        yield engine
+    finally:
+        engine.stop()
+
+
 @pytest.fixture(params=["off", "default"])
 def engine(whole, request) -> Iterator[Engine]:
-    sessions = SessionConfig(kv_budget_bytes=1 << 20, session_tokens=64)
-    made = Engine(trunk_of(whole), BatchingConfig(), sessions, compile=request.param)
-    made.start()
-    for seed, name in enumerate(ADAPTERS):
-        made.runs.load_adapter(message(whole, name, seed)).result(WAIT_S)
-    yield made
-    made.stop()
+    with running(whole, request.param) as engine:
+        yield engine
 
 
 def message(whole: PreTrainedModel, name: str, seed: int) -> AdapterMessage:
@@ -214,12 +233,20 @@ def message(whole: PreTrainedModel, name: str, seed: int) -> AdapterMessage:
 
 def alone(whole: PreTrainedModel, name: str, text_BTD: Tensor) -> Tensor:
     """What PEFT gives on a trunk with this adapter alone."""
+    if not name:
+        return alone_with(whole, None, {}, text_BTD)
+    told = message(whole, name, list(ADAPTERS).index(name))
+    return alone_with(whole, told.lora, told.weights, text_BTD)
+
+
+def alone_with(
+    whole: PreTrainedModel, settings: LoraSettings | None, weights: Mapping[str, Tensor], text_BTD: Tensor
+) -> Tensor:
     trunk = trunk_of(whole)
     slots = LoraSlots(trunk.causal_lm)
-    if name:
-        told = message(whole, name, list(ADAPTERS).index(name))
-        slots.add("slot", told.lora, seed=0)
-        slots.bind("slot", told.weights)
+    if settings is not None:
+        slots.add("slot", settings, seed=0)
+        slots.bind("slot", weights)
     with torch.inference_mode():
         return trunk(text_BTD, position_ids=torch.arange(text_BTD.shape[1])[None])
 
@@ -229,10 +256,18 @@ class Texts:
 
     def __init__(self, engine: Engine, adapters: list[str]) -> None:
         self.engine = engine
-        self.adapters = dict(enumerate(adapters, 1))
-        self.texts = {number: tokens(12 + number % 2, number) for number in self.adapters}
-        self.read = dict.fromkeys(self.adapters, 0)
-        self.next = dict.fromkeys(self.adapters, 1)
+        self.adapters: dict[int, str] = {}
+        self.texts: dict[int, Tensor] = {}
+        self.read: dict[int, int] = {}
+        self.next: dict[int, int] = {}
+        for adapter in adapters:
+            self.add(adapter)
+
+    def add(self, adapter: str) -> int:
+        number = len(self.adapters) + 1
+        self.adapters[number], self.texts[number] = adapter, tokens(12 + number % 2, number)
+        self.read[number], self.next[number] = 0, 1
+        return number
 
     def step(self, count: int) -> dict[int, Tensor]:
         """The next tokens of all of them, none of which runs before all wait."""
@@ -245,7 +280,7 @@ class Texts:
             start, step = self.read[number], self.next[number]
             opening = OpenSession(adapter=Versions(adapter)) if step == 1 else None
             piece = self.texts[number][:, start : start + count]
-            asked = Message(StepKey(session=number, step=step), piece, open=opening)
+            asked = StepMessage(StepKey(session=number, step=step), piece, open=opening)
             self.read[number], self.next[number] = start + count, step + 1
             yield number, self.engine.submit(ME, asked)
 
@@ -289,7 +324,7 @@ def test_sessions_of_different_adapters_share_their_batches_and_get_their_own(en
         assert not engine.graphs.banked_first_steps.failed
 
 
-def test_rows_with_each_others_places_are_noticed_or_wrong(engine, whole, monkeypatch) -> None:
+def test_rows_with_each_others_places_get_each_others_results(engine, whole, monkeypatch) -> None:
     """The control of the equality above."""
     honest = AdapterBank.places
     monkeypatch.setattr(AdapterBank, "places", lambda *args, **how: honest(*args, **how)[::-1])
@@ -327,12 +362,41 @@ def test_places_go_with_their_last_session(engine, whole) -> None:
         engine.close(ME, CloseMessage(number, 0)).result(WAIT_S)
     small, all_ = (engine._runs.adapter(name) for name in ("small", "all"))
     engine._queue.ask(lambda: None).result(WAIT_S)
-    asked = Message(StepKey(session=3, step=2), tokens(1, 3))
+    asked = StepMessage(StepKey(session=3, step=2), tokens(1, 3))
     engine.submit(ME, asked).result(WAIT_S)
     assert (engine.bank.mixes(small), engine.bank.mixes(all_)) == (True, False)
     engine.close(ME, CloseMessage(9, 0)).result(WAIT_S)
     engine.submit(ME, replace(asked, key=StepKey(session=3, step=3))).result(WAIT_S)
     assert not engine.bank.mixes(small)
+
+
+def test_sessions_keep_the_version_that_they_began_with_while_its_run_is_trained(engine, whole) -> None:
+    settings = RunSettings(lora=ADAPTERS["all"])
+    engine.runs.open(ME, OpenRun("run", settings)).result(WAIT_S)
+
+    def train(run: Run) -> AdapterVersion:
+        gradients = random_like(run.masters, seed=run.next_step)
+        run.accumulate(list(gradients.values()), 1.0)
+        run.apply(OptimizerStep(1.0, 0.1))
+        return run.current
+
+    texts, began = Texts(engine, [""]), {}
+    for _ in range(3):
+        version = engine.runs.do("run", train).result(WAIT_S)
+        began[texts.add("run")] = version
+        read = texts.step(1)
+        before = engine.ran.mixed
+        for number, held in began.items():
+            text = texts.texts[number][:, : texts.read[number]]
+            assert apart(read[number], alone_with(whole, settings.lora, held.weights, text)[:, -1:]) <= 1e-5
+    texts.step(1)
+    assert engine.ran.mixed == before + 1
+    assert len(engine.bank._places) == 3
+    for number in began:
+        engine.close(ME, CloseMessage(number, 0)).result(WAIT_S)
+    texts.adapters = {1: ""}
+    texts.step(1)
+    assert not engine.bank._places
 
 
 def test_autocast_is_not_mixed_with_none(engine, whole) -> None:
@@ -346,13 +410,26 @@ def test_autocast_is_not_mixed_with_none(engine, whole) -> None:
     assert engine.ran.mixed == before
 
 
+def test_a_banked_step_that_is_wrong_is_noticed_and_bare_ones_stay_fast(whole, monkeypatch) -> None:
+    honest = DecodeGraph.run
+
+    def wrong(self: DecodeGraph, *args: object) -> Tensor:
+        out = honest(self, *args)
+        return out if self._bank is None else out.roll(1, dims=-1)
+
+    monkeypatch.setattr(DecodeGraph, "run", wrong)
+    with running(whole, "default") as engine:
+        texts = Texts(engine, ["small", "all"])
+        read = read_to_the_end(texts)
+        for number, name in texts.adapters.items():
+            assert apart(read[number], alone(whole, name, texts.texts[number])[:, :10]) <= 1e-5
+        assert engine.graphs.banked_first_steps.failed
+        assert not engine.graphs._banked
+        assert not engine.graphs.first_steps.failed
+
+
 def test_in_steady_state_adapters_come_and_go_and_nothing_is_recorded(whole) -> None:
-    sessions = SessionConfig(kv_budget_bytes=1 << 20, session_tokens=64)
-    engine = Engine(trunk_of(whole), BatchingConfig(), sessions, compile="default")
-    engine.start()
-    try:
-        for seed, name in enumerate(ADAPTERS):
-            engine.runs.load_adapter(message(whole, name, seed)).result(WAIT_S)
+    with running(whole, "default") as engine:
         Texts(engine, ["", ""]).step(1)
         bare = engine.graphs.recorded
         assert (bare, engine.bank.bytes) == (1, 0), "without adapters there is no bank"
@@ -366,6 +443,12 @@ def test_in_steady_state_adapters_come_and_go_and_nothing_is_recorded(whole) -> 
             recorded.append(engine.graphs.recorded)
         assert recorded[0] == bare + 1
         assert recorded == recorded[:1] * 4
-        assert len(engine.graphs._banked) == 1
-    finally:
-        engine.stop()
+        older = list(engine.graphs._banked.values())
+        engine.runs.load_adapter(replace(message(whole, "all", 7), name="wide")).result(WAIT_S)
+        texts = Texts(engine, ["all", "small", "wide", ""])
+        for number in texts.adapters:
+            engine.close(ME, CloseMessage(number, 0)).result(WAIT_S)
+        engine._queue.ask(lambda: engine.bank._reshape(replace(engine.bank._shape, places=8))).result(WAIT_S)
+        texts.step(1)
+        assert engine.graphs.recorded == recorded[0] + 1
+        assert not set(older) & set(engine.graphs._banked.values()), "what read the older memory is gone"
