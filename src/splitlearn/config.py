@@ -72,7 +72,7 @@ class BatchingConfig(Settings):
     """Part of the other turns that training steps get while prompts wait too."""
     wait_ms: NonNegativeFloat = 0.0
     """How long a lone step waits for company; 0 answers soonest."""
-    adapter_bank_bytes: NonNegativeInt = 2 * GIB
+    adapter_bank_bytes: NonNegativeInt = 4 * GIB
     """Memory for copies of the adapters that sessions generate with, so that their steps run together;
     adapters without room there run in batches of their own. Taken when the first such batch comes."""
 
