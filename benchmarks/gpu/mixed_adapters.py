@@ -1,8 +1,8 @@
 """What does a decode step cost where sessions have different LoRA adapters?
 
-Run on a machine with one CUDA GPU: `python benchmarks/gpu/mixed_adapters.py` (`--cpu`: a 135M shape, float32, one
-thread). Random weights; the 28 trunk layers of an 8B shape in bfloat16. Sessions of one row each; a round is
-one step of each of them, all of which wait before the first runs. LoRA on all linear layers.
+Run on a machine with one CUDA GPU: `python benchmarks/gpu/mixed_adapters.py` (`--cpu`: a 135M shape in
+float32, one thread). Random weights; the 28 trunk layers of an 8B shape in bfloat16. Sessions of one row
+each; a round is one step of each, all of which wait before the first runs. LoRA on all linear layers.
 
 bare    no adapters
 one     all sessions have one adapter

@@ -43,8 +43,8 @@ def adapters(family: str, folder: Path, model: Path) -> dict[str, Path]:
     return {name: folder / name for name in configs}
 
 
-def written_by_peft(model: Path, adapter: Path | None, name: str) -> Text:
-    whole: Any = tiny_whole(model)
+def written_by_peft(model: Path, adapter: Path | None, name: str, device: str) -> Text:
+    whole: Any = tiny_whole(model).to(device)
     if adapter is not None:
         whole = PeftModel.from_pretrained(whole, adapter).eval()
     whole.generation_config.eos_token_id = None
@@ -52,8 +52,9 @@ def written_by_peft(model: Path, adapter: Path | None, name: str) -> Text:
 
 
 @contextmanager
-def client(model: Path, address: str, adapter: Path | None) -> Iterator[PreTrainedModel]:
-    split = AutoSplitModelForCausalLM.from_pretrained(model, trunk=address, lora=adapter).eval()
+def client(model: Path, address: str, adapter: Path | None, device: str) -> Iterator[PreTrainedModel]:
+    split = AutoSplitModelForCausalLM.from_pretrained(model, trunk=address, lora=adapter, device=device)
+    split.eval()
     split.generation_config.eos_token_id = None
     try:
         yield split
@@ -61,18 +62,21 @@ def client(model: Path, address: str, adapter: Path | None) -> Iterator[PreTrain
         split.close()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("compile", ["off", "default"])
 @pytest.mark.parametrize("family", FEW)
-def test_each_client_writes_what_its_adapter_writes(family: str, compile: str, tmp_path: Path) -> None:
+def test_each_client_writes_what_its_adapter_writes(
+    family: str, compile: str, device: str, tmp_path: Path
+) -> None:
     model = lively_model(family, tmp_path / "model")
     folders: dict[str, Path | None] = {**adapters(family, tmp_path, model), "": None}
-    expected = {name: written_by_peft(model, folder, name) for name, folder in folders.items()}
+    expected = {name: written_by_peft(model, folder, name, device) for name, folder in folders.items()}
 
     def generate(name: str) -> Text:
-        with client(model, pair.server.address, folders[name]) as split:
+        with client(model, pair.server.address, folders[name], device) as split:
             return write(split, IDS[name], torch.ones_like(IDS[name]))
 
-    with served_pair(model, compile=compile, state_dir=tmp_path / "state") as pair:
+    with served_pair(model, device=device, compile=compile, state_dir=tmp_path / "state") as pair:
         with meeting(pair.engine, len(IDS)), ThreadPoolExecutor(len(IDS)) as threads:
             found = dict(zip(IDS, threads.map(generate, IDS), strict=True))
         assert pair.engine.ran.mixed >= 19
