@@ -10,81 +10,19 @@ split      the library's `generate()` over the split model, client and server as
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import gc
-import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from frame import MODES, SOURCES, Bench, arguments
+from transformers import AutoModelForCausalLM
 
-SOURCES = Path(__file__).resolve().parents[2] / "src"
-sys.path.insert(0, str(SOURCES))
-
-SHAPE = {
-    "vocab_size": 128_256,
-    "hidden_size": 4096,
-    "intermediate_size": 14_336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
-    "rope_theta": 5e5,
-    "tie_word_embeddings": False,
-}
-TINY = SHAPE | {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
-TINY |= {"num_key_value_heads": 2, "num_hidden_layers": 6}
-SECTIONS = ("trunk", "whole", "split")
-MODES = ("off", "default", "max")
 ROWS = (1, 8, 32)
 WAIT_S = 300.0
-
-
-class Bench:
-    """Shapes and device, and what was found."""
-
-    def __init__(self, cpu: bool) -> None:
-        self.device = "cpu" if cpu else "cuda"
-        self.shape = TINY if cpu else SHAPE
-        self.dtype = torch.float32 if cpu else torch.bfloat16
-        self.prompt, self.new = (8, 4) if cpu else (128, 100)
-        self.repeats = 1 if cpu else 3
-        self.found: list[dict[str, Any]] = []
-
-    def note(self, name: str, **figures: Any) -> None:
-        self.found.append({"what": name} | figures)
-        print(json.dumps({"what": name} | figures), flush=True)
-
-    def synchronize(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
-    def free(self) -> None:
-        gc.collect()
-        if self.device == "cuda":
-            torch.cuda.empty_cache()
-
-    def ids(self, rows: int = 1) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(3, self.shape["vocab_size"], (rows, self.prompt), generator=generator)
-        return ids.to(self.device)
-
-    def save_model(self, folder: str) -> None:
-        torch.set_default_dtype(self.dtype)
-        with torch.device(self.device):
-            model = LlamaForCausalLM(LlamaConfig(**self.shape))
-        torch.set_default_dtype(torch.float32)
-        model.save_pretrained(folder)
-        del model
-        self.free()
 
 
 # ---------------------------------------------------------------- trunk
@@ -152,7 +90,9 @@ def trunk(bench: Bench, folder: str, modes: tuple[str, ...]) -> None:
 
 def tokens_per_s(bench: Bench, model: Any, rows: int, **how: Any) -> float:
     asked = {"max_new_tokens": bench.new, "do_sample": False, "pad_token_id": 0, "eos_token_id": None} | how
-    ids = bench.ids(rows)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, bench.shape["vocab_size"], (rows, bench.prompt), generator=generator)
+    ids = ids.to(bench.device)
 
     def once() -> float:
         bench.synchronize()
@@ -166,7 +106,7 @@ def tokens_per_s(bench: Bench, model: Any, rows: int, **how: Any) -> float:
     warm_up = 1 if bench.device == "cpu" else 2
     for _ in range(warm_up):
         once()
-    return statistics.median(once() for _ in range(bench.repeats))
+    return statistics.median(once() for _ in range(1 if bench.is_tiny else 3))
 
 
 def whole(bench: Bench, folder: str) -> None:
@@ -214,6 +154,8 @@ def split(bench: Bench, folder: str, modes: tuple[str, ...], client_modes: tuple
                     ms=1e3 / speed,
                     trunk_ms=timings.device_us / 1e3,
                 )
+                if bench.device == "cuda" and ours != "off":
+                    client_apart(bench, model, ours)
                 model.close()
                 del model
                 bench.free()
@@ -222,29 +164,56 @@ def split(bench: Bench, folder: str, modes: tuple[str, ...], client_modes: tuple
             server.wait(60)
 
 
+def client_apart(bench: Bench, model: Any, mode: str) -> None:
+    """Where a token's time goes outside of the trunk: the client's two graphs, the way, the loop."""
+    graphs = model.decode_graphs
+    recorded = next(iter(graphs._graphs.values()))._recorded
+    below, above = (device_ms(part.replay) for part in (recorded._bottom, recorded._top))
+    crossings, trunk = [], []
+    exchange = graphs._exchange
+
+    def timed_exchange(*args: Any) -> torch.Tensor:
+        bench.synchronize()
+        started = time.perf_counter()
+        answer = exchange(*args)
+        crossings.append((time.perf_counter() - started) * 1e3)
+        trunk.append(model.trunk.last_timings.device_us / 1e3)
+        return answer
+
+    graphs._exchange = timed_exchange
+    ms = 1e3 / tokens_per_s(bench, model, 1)
+    crossing, device = statistics.median(crossings), statistics.median(trunk)
+    bench.note(
+        f"client {mode} apart",
+        ms=ms,
+        bottom_ms=below,
+        top_ms=above,
+        trunk_ms=device,
+        way_ms=crossing - device,
+        rest_ms=ms - crossing - below - above,
+    )
+
+
+def device_ms(work: Callable[[], object], times: int = 50) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    work()
+    begin.record()
+    for _ in range(times):
+        work()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / times
+
+
 # ---------------------------------------------------------------- all
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cpu", action="store_true", help="try the script with tiny shapes")
-    parser.add_argument("--only", nargs="+", default=list(SECTIONS))
-    parser.add_argument("--modes", nargs="+", default=list(MODES), help="of the server: off, default, max")
+    parser = arguments(__doc__, ("trunk", "whole", "split"), MODES)
     parser.add_argument("--client-modes", nargs="+", default=["off"], help="the same of the client")
-    parser.add_argument("--model", type=Path, help="the model's folder, kept; made where it is not there")
-    parser.add_argument("--output", type=Path, help="write the figures there, as JSON")
     given = parser.parse_args()
-    bench = Bench(given.cpu)
-    name = "cpu" if given.cpu else torch.cuda.get_device_name()
-    bench.note("machine", device=name, torch=torch.__version__)
-    shared = Path("/dev/shm")
-    with contextlib.ExitStack() as ends:
-        made = ends.enter_context(tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None))
-        folder = str(given.model or made)
-        if not Path(folder, "config.json").is_file():
-            started = time.monotonic()
-            bench.save_model(folder)
-            bench.note("model saved", seconds=time.monotonic() - started)
+    bench = Bench(given)
+    with bench.model() as folder:
         sections: dict[str, Callable[[], None]] = {
             "trunk": lambda: trunk(bench, folder, tuple(given.modes)),
             "whole": lambda: whole(bench, folder),
@@ -254,13 +223,8 @@ def main() -> None:
             try:
                 sections[section]()
             except Exception as error:
-                bench.note(f"{section} failed", error=repr(error)[:500])
-    if given.output:
-        given.output.write_text(json.dumps(bench.found, indent=2))
-    print("\n| what | figures |\n| --- | --- |")
-    for row in bench.found:
-        rest = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
-        print(f"| {rest} |")
+                bench.note_failure(section, error)
+    bench.table()
 
 
 if __name__ == "__main__":

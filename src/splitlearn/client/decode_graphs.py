@@ -198,7 +198,7 @@ class DecodeGraph:
         first = next(iter(held.values()))
         self._cache = Cache(
             layers=[
-                StaticLayer(*held.get(index, first), every_B, self._column_B, columns, every_slot=True)
+                StaticLayer(*held.get(index, first), every_B, self._column_B, columns, standing=True)
                 for index in range(layers)
             ]
         )

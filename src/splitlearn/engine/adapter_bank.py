@@ -10,7 +10,7 @@ import structlog
 import torch
 from torch import Tensor
 
-from splitlearn.engine.trunk_state import BARE, AdapterVersion
+from splitlearn.engine.trunk_state import AdapterVersion
 from splitlearn.model.lora import LoraSlots
 from splitlearn.model.lora_bank import BARE_PLACE, LoraBank, PlainLora
 from splitlearn.model.static_layer import bucket
@@ -46,6 +46,13 @@ class BankShape:
             layers[name] = max(layer, layers.get(name, layer), key=lambda each: each.rank)
         return BankShape(max(self.places, other.places), layers)
 
+    def holds(self, adapters: int, newest: Adapter) -> bool:
+        """Whether there is room for so many adapters, this one among them."""
+        ranks_fit = (
+            name in self.layers and each.rank <= self.layers[name].rank for name, each in newest.items()
+        )
+        return adapters < self.places and all(ranks_fit)
+
     @property
     def bytes(self) -> int:
         return self.places * sum(layer.rank * layer.rank_bytes for layer in self.layers.values())
@@ -55,9 +62,9 @@ class AdapterBank:
     """Belongs to the engine's thread.
 
     A version has a place from the first step of a session that generates with it until no session holds it.
-    A place costs nothing until it is computed with. The bank grows in powers of two within its budget, and
-    does not shrink by itself. Adapters without a place, those that are more than plain LoRA
-    among them, run in batches of their own.
+    Memory is taken when a batch needs the bank; it grows in powers of two within its budget, and does not
+    shrink by itself. Adapters without a place, those that are more than plain LoRA among them, run in
+    batches of their own.
     """
 
     def __init__(self, slots: LoraSlots, budget_bytes: int) -> None:
@@ -95,7 +102,7 @@ class AdapterBank:
     def mixes(self, version: AdapterVersion) -> bool:
         """Whether its rows may stand beside those of other adapters."""
         # One that was unloaded is refused where it is bound alone.
-        return version is BARE or (version in self._places and version.slot in self._slots)
+        return version.slot is None or (version in self._places and version.slot in self._slots)
 
     def places(self, versions: Sequence[AdapterVersion], *, even_one: bool) -> tuple[int, ...]:
         """The place of each, its weights in it; nothing where all are one adapter that has none.
@@ -107,12 +114,12 @@ class AdapterBank:
         """
         adapters = set(versions)
         is_one = len(adapters) == 1
-        if adapters == {BARE}:
+        if all(version.slot is None for version in adapters):
             return (BARE_PLACE,) * len(versions)
         if is_one and not even_one:
             return ()
         if all(map(self.mixes, adapters)) and self._fill():
-            return tuple(BARE_PLACE if version is BARE else self._places[version] for version in versions)
+            return tuple(self._places.get(version, BARE_PLACE) for version in versions)
         if is_one:
             return ()
         raise RuntimeError("these adapters cannot run side by side: there is no memory for their copies")
@@ -154,6 +161,8 @@ class AdapterBank:
 
     def _with_room_for(self, adapter: Adapter) -> BankShape | None:
         """As large as it was, or larger; else just as large as is needed now; None is beyond the budget."""
+        if self._shape.holds(len(self._adapters) + 1, adapter):
+            return self._shape
         wanted = BankShape.of([*self._adapters.values(), adapter])
         fitting = (shape for shape in (self._shape | wanted, wanted) if shape.bytes <= self._budget_bytes)
         return next(fitting, None)

@@ -59,15 +59,24 @@ class BatchPlan:
 
 @dataclass(slots=True)
 class BatchCounts:
-    """How many plans were run, and how many of them were more than one session alone, or one adapter."""
+    """How many plans were run, of how many steps and rows, and how long the device worked on them.
+
+    `shared` are the plans of more than one session, `mixed` those of more than one adapter.
+    """
 
     batches: int = 0
     shared: int = 0
     ragged: int = 0
     mixed: int = 0
+    steps: int = 0
+    rows: int = 0
+    device_us: int = 0
 
-    def note(self, plan: BatchPlan) -> None:
+    def note(self, plan: BatchPlan, device_us: int) -> None:
         self.batches += 1
+        self.steps += len(plan.steps)
+        self.rows += len(plan.slots)
+        self.device_us += device_us
         self.shared += len(plan.steps) > 1
         self.ragged += plan.ragged
         self.mixed += plan.mixed

@@ -54,6 +54,8 @@ class KvCache:
             )
         self.spare = self.slots if spare else None
         """A slot beyond the budget that is nobody's, for rows that only fill a batch up."""
+        self.spare_column = slot_tokens if spare else None
+        """A column that no row looks at, in every slot, for slots whose turn it is not."""
         try:
             self._allocate(shapes, dtype, device)
         except (RuntimeError, OSError) as error:
@@ -65,7 +67,7 @@ class KvCache:
         self._free = list(range(self.slots))
 
     def _allocate(self, shapes: Sequence[LayerShape], dtype: torch.dtype, device: torch.device) -> None:
-        tokens = self.slot_tokens
+        tokens = self.slot_tokens if self.spare_column is None else self.slot_tokens + 1
         self.keys_SHLE = [
             _zeros((self._rows, shape.heads, tokens, shape.key_size), dtype, device) for shape in shapes
         ]

@@ -95,7 +95,7 @@ class SessionSteps:
                 self._fail(batch[0], error)
         else:
             if plan is not None:
-                self.ran.note(plan)
+                self.ran.note(plan, ran.device_us)
             rows = [member.step.message.rows for member in batch]
             for member, activation_BTD in zip(batch, torch.split(ran.activation_BTD, rows), strict=True):
                 try:

@@ -25,7 +25,7 @@ class StaticLayer(CacheLayerMixin):
         slot_R: (R,) which slot each row is.
         column_R: (R,) where each row's new token goes.
         columns: how many columns rows look at; a mask says which of them count.
-        every_slot: whether row i is slot i, so that nothing is gathered.
+        standing: whether row i is slot i, so that nothing is gathered.
     """
 
     is_compileable = True
@@ -41,13 +41,13 @@ class StaticLayer(CacheLayerMixin):
         column_R: Tensor,
         columns: int,
         *,
-        every_slot: bool = False,
+        standing: bool = False,
     ) -> None:
         super().__init__()
         self.is_initialized = True
         self._keys_SHLE, self._values_SHLE = keys_SHLE, values_SHLE
         self._slot_R, self._column_R = slot_R, column_R
-        self._columns, self._every_slot = columns, every_slot
+        self._columns, self._standing = columns, standing
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -58,7 +58,9 @@ class StaticLayer(CacheLayerMixin):
     def _put(self, layer_SHLE: Tensor, new_RH1E: Tensor) -> Tensor:
         layer_SHLE[self._slot_R, :, self._column_R] = new_RH1E[:, :, 0]
         seen_SHKE = layer_SHLE[:, :, : self._columns]
-        return seen_SHKE if self._every_slot else seen_SHKE.index_select(0, self._slot_R)
+        if self._standing:
+            return seen_SHKE[: len(new_RH1E)]
+        return seen_SHKE.index_select(0, self._slot_R)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._columns, 0

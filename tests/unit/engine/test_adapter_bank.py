@@ -38,7 +38,7 @@ ME, WAIT_S, HIDDEN = b"me", 20, 32
 ROOMY = 1 << 24
 Q_AND_DOWN = LoraSettings(r=4, alpha=8.0, target_modules=("q_proj", "down_proj"))
 ADAPTERS = {
-    "small": LoraSettings(r=2, alpha=8.0, target_modules=("q_proj",)),
+    "small": LoraSettings(r=2, alpha=8.0, target_modules=("q_proj", "up_proj")),
     "all": LoraSettings(r=5, alpha=2.0, target_modules=("all-linear",), use_rslora=True),
     "dora": replace(Q_AND_DOWN, use_dora=True),
 }
@@ -56,7 +56,7 @@ def trunk_of(whole: PreTrainedModel) -> TrunkSegment:
 
 def random_like(weights: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(weight.shape, generator=generator) for name, weight in weights.items()}
+    return {name: 0.3 * torch.randn(weight.shape, generator=generator) for name, weight in weights.items()}
 
 
 # ---------------------------------------------------------------- places
@@ -318,7 +318,7 @@ def test_sessions_of_different_adapters_share_their_batches_and_get_their_own(en
         others = {"small": "all", "all": "", "": "small"}[name]
         count = ours.shape[1]
         assert apart(ours, alone(whole, name, text)[:, :count]) <= 1e-5
-        assert apart(ours, alone(whole, others, text)[:, :count]) > 1e-2, "the adapter makes it"
+        assert apart(ours, alone(whole, others, text)[:, :count]) > 1e-3, "the adapter makes it"
     if engine.graphs is not None:
         assert engine.graphs.banked_first_steps.proven
         assert not engine.graphs.banked_first_steps.failed
@@ -331,7 +331,7 @@ def test_rows_with_each_others_places_get_each_others_results(engine, whole, mon
     texts = Texts(engine, ["small", "all"])
     read = read_to_the_end(texts)
     for number, name in texts.adapters.items():
-        assert apart(read[number], alone(whole, name, texts.texts[number])[:, :10]) > 1e-2
+        assert apart(read[number], alone(whole, name, texts.texts[number])[:, :10]) > 1e-3
 
 
 def test_what_cannot_be_mixed_runs_beside_the_others_in_batches_of_its_own(engine, whole) -> None:

@@ -68,7 +68,7 @@ def test_rows_that_fill_a_bucket_up_leave_no_trace(pair: Pair) -> None:
     used = {slot for session in pair.engine._sessions._sessions.values() for slot in session.slots}
     for layer, was in zip(kv.keys_SHLE, before, strict=True):
         for slot in set(range(kv.slots)) - used:
-            assert torch.equal(layer[slot], was[slot])
+            assert torch.equal(layer[slot, :, : kv.slot_tokens], was[slot, :, : kv.slot_tokens])
 
 
 def test_a_cache_in_use_is_not_given_to_another(pair: Pair) -> None:
@@ -82,3 +82,19 @@ def test_a_cache_in_use_is_not_given_to_another(pair: Pair) -> None:
                 split = pair.split(step, past_key_values=mine, use_cache=True).logits
                 expected = pair.whole(step, past_key_values=whole, use_cache=True).logits
                 assert torch.allclose(split, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("held_rows", [0, 1, 5])
+def test_a_row_gives_the_same_text_wherever_its_slot_lies(pair: Pair, held_rows: int) -> None:
+    """Alone in the first slot, beside an idle one, and so far off that it is gathered."""
+    held = DynamicCache(config=pair.split.config)
+    if held_rows:
+        with torch.no_grad():
+            pair.split(IDS.repeat(held_rows, 1), past_key_values=held, use_cache=True)
+    kept = [layer[:held_rows, :, : IDS.shape[1]].clone() for layer in pair.engine.kv.keys_SHLE]
+    assert greedy(pair).texts_equal
+    assert not pair.engine.graphs.first_steps.failed
+    shapes = pair.engine.graphs._graphs
+    assert {shape.standing for shape in shapes} == {held_rows < 5}
+    for layer, was in zip(pair.engine.kv.keys_SHLE, kept, strict=True):
+        assert torch.equal(layer[:held_rows, :, : IDS.shape[1]], was)

@@ -1,0 +1,65 @@
+"""Layers compiled for decode steps, put in and taken out of their modules at no cost."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+SHAPES_KEPT = 256
+TUNED: dict[str, str | int | bool] = {"coordinate_descent_tuning": True}
+"""One row's products read weights as fast as memory gives them: 5.1 in place of 5.7 ms for 28 layers."""
+
+
+class CompiledDecode:
+    """Each layer is compiled by itself, with a cache of its own, so that layers of one kind share their code.
+
+    Args:
+        layers: with each layer's part of the cache.
+        cache: what the family's forward hands to all of them.
+    """
+
+    def __init__(self, layers: Iterable[tuple[nn.Module, CacheLayerMixin]], cache: Cache) -> None:
+        self._forwards = [
+            (layer, _with_own_cache(torch.compile(layer.forward, options=TUNED), cache, OneLayer(part)))
+            for layer, part in layers
+        ]
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within it the layers run compiled."""
+        # A layer's index, which differs from layer to layer, would else be part of its code.
+        with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, recompile_limit=SHAPES_KEPT):
+            for layer, forward in self._forwards:
+                vars(layer)["forward"] = forward
+            try:
+                yield
+            finally:
+                for layer, _ in self._forwards:
+                    del vars(layer)["forward"]
+
+
+class OneLayer(Cache):
+    """The cache as one layer sees it, whichever index it asks for."""
+
+    def __init__(self, part: CacheLayerMixin) -> None:
+        super().__init__(layers=[part])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return self.layers[0].update(key_states, value_states)
+
+
+def _with_own_cache(forward: Callable[..., Any], cache: Cache, own: Cache) -> Callable[..., Any]:
+    def with_own_cache(*args: Any, **kwargs: Any) -> Any:
+        own_args = (own if value is cache else value for value in args)
+        own_kwargs = {name: own if value is cache else value for name, value in kwargs.items()}
+        return forward(*own_args, **own_kwargs)
+
+    return with_own_cache
