@@ -31,7 +31,7 @@ def _state_dir() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "splitlearn"
 
 
-CompileMode = Literal["off", "default", "max"]
+CompileMode = Literal["auto", "off", "default", "max"]
 
 
 class Settings(BaseModel):
@@ -177,9 +177,10 @@ class ServerConfig(Settings):
     """Attention implementation; "auto" takes the library's choice for this family."""
     state_dir: Path = Field(default_factory=_state_dir)
     """Where training runs are saved, in a folder per model; made when the first is."""
-    compile: CompileMode = "off"
-    """`default` runs decode steps at fixed shapes, on a GPU as CUDA graphs; `max` compiles them before, and
-    layers for training (`torch.compile`): faster steps after slow first ones."""
+    compile: CompileMode = "auto"
+    """`default` runs decode steps at fixed shapes, on a GPU as CUDA graphs, which are recorded at the start;
+    `max` compiles layers before (`torch.compile`), for training too: faster steps after a slow start; `auto`
+    is `default` on a GPU and `off` elsewhere."""
     threads: NonNegativeInt = 0
     """CPU threads for the trunk's computation; 0 leaves torch's default."""
     drain_s: PositiveFloat = 30.0
@@ -213,6 +214,7 @@ class ClientConfig(Settings):
     """Check every tensor with xxh3; left out only if the server does without, too."""
     decode_tokens: PositiveInt = 64
     """Steps of up to this many tokens (rows times tokens) count as decode steps."""
-    compile: Literal["off", "default"] = "off"
-    """`default` runs the client's part of a decode step at fixed shapes, on a GPU as CUDA graphs."""
+    compile: CompileMode = "auto"
+    """`default` runs the client's part of a decode step at fixed shapes, on a GPU as CUDA graphs; `max`
+    compiles its layers before; `auto` is `default` on a GPU and `off` elsewhere."""
     limits: WireLimits = WireLimits()

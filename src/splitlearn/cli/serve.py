@@ -21,7 +21,14 @@ from splitlearn.cli.options import (
     setting,
 )
 from splitlearn.cli.sizes import parse_bytes
-from splitlearn.config import GIB, BatchingConfig, DTypeName, RunConfig, ServerConfig, SessionConfig
+from splitlearn.config import (
+    GIB,
+    BatchingConfig,
+    DTypeName,
+    RunConfig,
+    ServerConfig,
+    SessionConfig,
+)
 from splitlearn.errors import TrunkFailed
 
 if TYPE_CHECKING:
@@ -79,9 +86,9 @@ def serve(
     disk_budget: Annotated[
         int, setting(RunConfig, "disk_budget_bytes", "--disk-budget", parser=parse_bytes, metavar="BYTES")
     ] = f"{default_of(RunConfig, 'disk_budget_bytes') // GIB}GiB",  # type: ignore[assignment]
-    compile: Annotated[Literal["off", "default", "max"], setting(ServerConfig, "compile")] = default_of(
-        ServerConfig, "compile"
-    ),
+    compile: Annotated[
+        Literal["auto", "off", "default", "max"], setting(ServerConfig, "compile")
+    ] = default_of(ServerConfig, "compile"),
     drain: Annotated[float, setting(ServerConfig, "drain_s", "--drain", metavar="SECONDS")] = default_of(
         ServerConfig, "drain_s"
     ),

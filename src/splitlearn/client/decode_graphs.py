@@ -6,36 +6,36 @@ is two launches around the call to the trunk, in place of a hundred kernels and 
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import structlog
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from splitlearn.client.call_context import Call, CallContext
 from splitlearn.client.leased_layer import Held, Lease, LeasedLayer
+from splitlearn.client.recorded_step import Across, Recorded
+from splitlearn.model.compiled_decode import CompiledDecode
 from splitlearn.model.decode_attention import attending_to_one_token
 from splitlearn.model.first_steps import FirstSteps
 from splitlearn.model.masks import ragged
+from splitlearn.model.skeleton import decoder_of, layers_of
 from splitlearn.model.static_layer import FEWEST_COLUMNS, StaticLayer, bucket
 
 # B rows   T 1   D hidden   V vocabulary   K columns   L tokens with the new one
 
 log = structlog.get_logger("splitlearn.client")
 WARM_UP = 2
+GRAPHS_KEPT = 8
 TAKEN = frozenset({"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"})
 IGNORED = frozenset({"return_dict", "logits_to_keep"})
 """Without a meaning where there is one new token."""
-
-Across = Callable[[Tensor], Tensor]
-"""(B, 1, D) at the lower cut -> (B, 1, D) at the upper cut."""
 
 
 class ClientGraphs:
@@ -47,6 +47,7 @@ class ClientGraphs:
         trunk: the layers that are not here.
         exchange: what the remote layer does with an activation.
         max_positions: the longest text, where there is a limit.
+        compiled: whether layers are compiled before they are recorded.
     """
 
     def __init__(
@@ -56,6 +57,8 @@ class ClientGraphs:
         trunk: range,
         exchange: Callable[[Tensor, Call], Tensor],
         max_positions: int | None,
+        *,
+        compiled: bool = False,
     ) -> None:
         self._forward = _forward_of(model)
         self._config = model.config
@@ -64,6 +67,8 @@ class ClientGraphs:
         layers = model.config.num_hidden_layers
         self._own = [index for index in range(layers) if index not in trunk]
         self._layers = layers
+        decoder_layers = list(layers_of(decoder_of(model)))
+        self._compiled = {index: decoder_layers[index] for index in self._own} if compiled else {}
         self._max_positions = max_positions
         self._graphs: dict[tuple[int, int], DecodeGraph] = {}
         self._lock = threading.Lock()
@@ -127,12 +132,16 @@ class ClientGraphs:
             if length > columns:
                 return None, None
         rows = ids_B1.shape[0]
-        graph = self._graphs.get((rows, columns))
+        # The last used is the last to be let go.
+        graph = self._graphs.pop((rows, columns), None)
+        if graph is not None:
+            self._graphs[rows, columns] = graph
         leases = {getattr(cache.layers[index], "lease", None) for index in self._own}
         lease = leases.pop()
         if graph is not None and lease is not None and graph.lease is lease and not leases:
             return graph, lease
         if graph is None:
+            self._let_one_go()
             graph = self._graphs[rows, columns] = self._new_graph(cache, ids_B1, columns)
         if graph.lease is not None:
             return None, None
@@ -145,12 +154,19 @@ class ClientGraphs:
         graph.lend(lease)
         return graph, lease
 
+    def _let_one_go(self) -> None:
+        """Where there are enough, the one that was not used for longest; a cache in use keeps its memory."""
+        if len(self._graphs) >= GRAPHS_KEPT:
+            self._graphs.pop(next(iter(self._graphs)))
+
     def _new_graph(self, cache: Cache, ids_B1: Tensor, columns: int) -> DecodeGraph:
         held: Held = {}
         for index in self._own:
             layer = cache.layers[index]
             held[index] = (_room(layer.keys, columns), _room(layer.values, columns))
-        return DecodeGraph(self._family_step, self._context, self._layers, held, ids_B1, columns)
+        return DecodeGraph(
+            self._family_step, self._context, self._layers, held, ids_B1, columns, self._compiled
+        )
 
     def _family_step(self, **asked: Any) -> Any:
         model = self._model()
@@ -186,6 +202,7 @@ class DecodeGraph:
         held: Held,
         ids_B1: Tensor,
         columns: int,
+        compiled: Mapping[int, nn.Module],
     ) -> None:
         rows, device = ids_B1.shape[0], ids_B1.device
         self.held = held
@@ -202,6 +219,8 @@ class DecodeGraph:
                 for index in range(layers)
             ]
         )
+        parts = [(layer, self._cache.layers[index]) for index, layer in compiled.items()]
+        self._compiled = CompiledDecode(parts, self._cache)
         self._lease: weakref.ref[Lease] | None = None
         self._recorded: Recorded | None = self._record() if device.type == "cuda" else None
 
@@ -234,7 +253,7 @@ class DecodeGraph:
         return self._recorded.run(across)
 
     def _step(self) -> Any:
-        with ragged(self._column_B[:, None], self._visible_BK):
+        with ragged(self._column_B[:, None], self._visible_BK), self._compiled.in_place():
             return self._family_step(
                 input_ids=self._ids_B1,
                 position_ids=self._position_B1,
@@ -254,43 +273,6 @@ class DecodeGraph:
             recorded = Recorded(self._step, self._context.standing_in)
         torch.cuda.current_stream().wait_stream(beside)
         return recorded
-
-
-class Recorded:
-    """A step as two graphs that share their memory: what the first computes for both stays where it is."""
-
-    def __init__(
-        self,
-        step: Callable[[], Any],
-        standing_in: Callable[[Across], contextlib.AbstractContextManager[None]],
-    ) -> None:
-        self._bottom, self._top = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        pool = torch.cuda.graph_pool_handle()
-        active = [self._bottom]
-
-        def part(hidden_B1D: Tensor) -> Tensor:
-            self._hidden_B1D = hidden_B1D
-            self._bottom.capture_end()
-            active[0] = self._top
-            # Outside of both: it is written between them.
-            self._state_B1D = torch.zeros_like(hidden_B1D)
-            self._top.capture_begin(pool, capture_error_mode="thread_local")
-            return self._state_B1D
-
-        self._bottom.capture_begin(pool, capture_error_mode="thread_local")
-        try:
-            with standing_in(part):
-                self._answer = step()
-        finally:
-            # Whatever happened: a stream that is left recording refuses all else.
-            active[0].capture_end()
-
-    def run(self, across: Across) -> Any:
-        self._bottom.replay()
-        self._state_B1D.copy_(across(self._hidden_B1D))
-        self._top.replay()
-        answer = self._answer
-        return type(answer)(**{**answer, "logits": answer["logits"].clone()})
 
 
 def _fits(mask_BL: Tensor | None, rows: int, length: int) -> bool:

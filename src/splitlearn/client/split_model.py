@@ -26,6 +26,7 @@ from splitlearn.client.transport import Transport
 from splitlearn.config import ClientConfig
 from splitlearn.errors import SettingError, SplitMismatch, UnsupportedCall
 from splitlearn.model.checkpoint import Checkpoint
+from splitlearn.model.devices import compile_mode
 from splitlearn.model.families import family_of
 from splitlearn.model.masks import FORMS, with_slot_masks
 from splitlearn.model.plan import SplitPlan
@@ -140,10 +141,11 @@ def connect(
 
     context = watch(decoder_of(model), model.config, max_positions, trains)
     remote.listen_to(context)
-    if _is_graphed(model, config):
+    mode = compile_mode(config.compile, model.device)
+    if mode != "off" and _can_be_graphed(model):
         decoder_of(model).config = with_slot_masks(model.config)
         model.__dict__["decode_graphs"] = ClientGraphs(
-            model, context, plan.trunk, remote.exchange, max_positions
+            model, context, plan.trunk, remote.exchange, max_positions, compiled=mode == "max"
         )
     model.__class__ = _split_class(type(model))
     model.__dict__["trunk"] = remote
@@ -227,10 +229,10 @@ def _split_class(cut_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(cut_class.__name__, (SplitModel, cut_class), names)
 
 
-def _is_graphed(model: PreTrainedModel, config: ClientConfig) -> bool:
-    """Whether decode steps are to run at fixed shapes, and this family's masks are known there."""
+def _can_be_graphed(model: PreTrainedModel) -> bool:
+    """Whether this family's masks and positions are known at fixed shapes."""
     known = model.config._attn_implementation in FORMS and family_of(model.config).batched
-    return config.compile != "off" and known and takes_positions(model)
+    return known and takes_positions(model)
 
 
 def _config_of(config: ClientConfig | None, settings: dict[str, Any]) -> ClientConfig:

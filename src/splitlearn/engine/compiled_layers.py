@@ -9,6 +9,8 @@ import structlog
 import torch
 from torch import nn
 
+from splitlearn.model.compiled_decode import keep_compiled_code
+
 log = structlog.get_logger("splitlearn.engine")
 SHAPES_KEPT = 64
 
@@ -31,6 +33,7 @@ class CompiledLayers:
         if wanted == self._in_use:
             return
         if wanted and not self._forwards:
+            keep_compiled_code()
             torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, SHAPES_KEPT)
             self._forwards = [torch.compile(layer.forward) for layer in self._layers]
         for layer, forward in zip(self._layers, self._forwards, strict=True):

@@ -31,16 +31,18 @@ from splitlearn.model.static_layer import StaticLayer
 
 log = structlog.get_logger("splitlearn.engine")
 WARM_UP = 2
+MEMORY_BYTES = 4 << 30
+"""What all graphs may take of the device."""
 
 
 class DecodeGraphs:
-    """A graph for each bucket of rows and columns, made when the first batch needs it.
+    """A graph for each shape, recorded before the first session where there is a GPU.
 
-    A batch takes the smallest bucket that it fits in. Rows that are left over write into a slot that is
-    nobody's. What cannot be recorded runs as it always did, after one warning.
+    A batch takes the smallest shape that it fits in. What cannot be recorded runs as it always did, after one
+    warning.
 
-    Batches with adapters have graphs of their own, which read each row's place in the bank of adapters, and
-    whose layers are not compiled.
+    Batches with adapters have graphs of their own, recorded when the first of a shape comes. They read each
+    row's place in the bank of adapters, and their layers are not compiled.
 
     Args:
         trunk: of a family that may run in a batch.
@@ -65,6 +67,24 @@ class DecodeGraphs:
         self.banked_first_steps = FirstSteps(log, self._banked.clear)
         self.recorded = 0
         """How many graphs were made: in steady state this number stands still."""
+        self._taken_bytes = 0
+
+    def prepare(self) -> None:
+        """Record every shape that a batch may have, so that no session waits for one.
+
+        On a CPU, where nothing is recorded, each is made when it is needed.
+        """
+        if self._pool is None:
+            return
+        started = time.monotonic()
+        try:
+            with torch.inference_mode():
+                for shape in GraphShape.every(self._kv, self._max_rows):
+                    self._graph_of(shape)
+        except Exception as error:
+            self.first_steps.give_up(error)
+        seconds = round(time.monotonic() - started, 1)
+        log.info("decode graphs recorded", graphs=self.recorded, bytes=self._taken_bytes, seconds=seconds)
 
     def first_steps_of(self, plan: BatchPlan) -> FirstSteps:
         return self.banked_first_steps if plan.has_adapters else self.first_steps
@@ -78,19 +98,28 @@ class DecodeGraphs:
     def run(self, plan: BatchPlan, activation_B1D: Tensor, positions_B1: Tensor | None) -> Tensor | None:
         """(B, 1, D) on the CPU, complete; None where it could not be recorded and nothing was changed."""
         try:
-            graph = self._graph_for(plan)
+            shape = GraphShape.of(plan, self._kv, self._max_rows)
+            graph = self._graph_of(shape, banked=plan.has_adapters)
         except Exception as error:
             self.first_steps_of(plan).give_up(error)
             return None
-        return graph.run(plan, activation_B1D, positions_B1)
+        return None if graph is None else graph.run(plan, activation_B1D, positions_B1)
 
-    def _graph_for(self, plan: BatchPlan) -> DecodeGraph:
-        shape = GraphShape.of(plan, self._kv, self._max_rows)
-        banked = plan.has_adapters
+    def _graph_of(self, shape: GraphShape, *, banked: bool = False) -> DecodeGraph | None:
+        """None where the graphs have all the memory that they may have."""
         graphs = self._over_the_bank() if banked else self._graphs
         graph = graphs.get(shape)
-        if graph is None:
+        if graph is None and self._taken_bytes < MEMORY_BYTES:
+            before = self._free_bytes()
             graph = graphs[shape] = self._new_graph(shape, self._bank if banked else None)
+            self.recorded += 1
+            self._taken_bytes += max(before - self._free_bytes(), 0)
+            if self._taken_bytes >= MEMORY_BYTES:
+                log.warning(
+                    "decode graphs have all the memory they may have: other shapes run kernel by kernel",
+                    graphs=self.recorded,
+                    bytes=self._taken_bytes,
+                )
         return graph
 
     def _over_the_bank(self) -> dict[GraphShape, DecodeGraph]:
@@ -101,18 +130,24 @@ class DecodeGraphs:
         return self._banked
 
     def _new_graph(self, shape: GraphShape, bank: AdapterBank | None) -> DecodeGraph:
-        started = time.monotonic()
         compiled = self._compiled and bank is None
-        graph = DecodeGraph(self._trunk, self._kv, shape, bank=bank, compiled=compiled, pool=self._pool)
-        self.recorded += 1
-        log.info(
-            "decode graph recorded",
-            rows=shape.rows,
-            columns=shape.columns,
-            adapters=bank is not None,
-            seconds=round(time.monotonic() - started, 2),
-        )
-        return graph
+
+        def new_graph() -> DecodeGraph:
+            return DecodeGraph(self._trunk, self._kv, shape, bank=bank, compiled=compiled, pool=self._pool)
+
+        try:
+            return new_graph()
+        except Exception as error:
+            if not compiled:
+                raise
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            log.warning("layers could not be compiled for decode steps and run as they are", error=reason)
+            self._compiled = compiled = False
+            return new_graph()
+
+    def _free_bytes(self) -> int:
+        device = self._trunk.device
+        return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 class DecodeGraph:

@@ -31,13 +31,15 @@ from splitlearn.engine.step import Step
 from splitlearn.engine.step_queue import StepQueue
 from splitlearn.engine.tape import Tape
 from splitlearn.engine.trunk_state import TrunkState
-from splitlearn.errors import StepTimeout
+from splitlearn.errors import SettingError, StepTimeout
+from splitlearn.model.devices import compile_mode
 from splitlearn.model.segments import TrunkSegment
 from splitlearn.vocabulary import Timings
 from splitlearn.wire.messages import AnswerMessage, CloseMessage, ForkMessage, RunStepMessage, StepMessage
 
 EXPIRY_CHECK_S = 0.5
 STOP_S = 30.0
+PREPARE_S = 1800.0
 log = structlog.get_logger("splitlearn.engine")
 
 
@@ -55,6 +57,7 @@ class Engine:
     ) -> None:
         runs = runs or RunConfig()
         self.trunk = trunk
+        compile = compile_mode(compile, trunk.device)
         graphed = compile != "off" and trunk.batched
         self.kv = _kv_cache(trunk, sessions, spare=graphed)
         self._state = state = TrunkState(trunk, compiled=compile == "max")
@@ -92,13 +95,18 @@ class Engine:
         self.lease_s = sessions.lease_s
         self.failure: Exception | None = None
         self.on_failure: Callable[[], object] = lambda: None
-        self._stopping = threading.Event()
+        self._stopping, self._is_ready = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     # Called from any thread.
 
     def start(self) -> None:
+        """Returns once it takes steps: what is recorded and compiled for them is so before."""
         self._thread.start()
+        if not self._is_ready.wait(PREPARE_S):
+            raise SettingError(
+                f"decode steps were not recorded within {PREPARE_S:g} s: start the server with --compile off"
+            )
 
     def stop(self) -> None:
         """End the thread after the batch that runs; what still waits is answered with TrunkDraining."""
@@ -141,6 +149,9 @@ class Engine:
 
     def _loop(self) -> None:
         try:
+            if self.graphs is not None:
+                self.graphs.prepare()
+            self._is_ready.set()
             while not self._stopping.is_set():
                 self._turn()
         except Exception as error:
@@ -149,6 +160,7 @@ class Engine:
             self.failure = error
             self.on_failure()
         finally:
+            self._is_ready.set()
             self._queue.shut()
             self._refuse_the_rest()
 

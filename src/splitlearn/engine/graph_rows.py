@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,21 @@ class GraphShape:
         if reach <= min(2 * rows, bucket(max_rows), kv.slots):
             return cls(reach, columns, standing=True)
         return cls(rows, columns, standing=False)
+
+    @classmethod
+    def every(cls, kv: KvCache, max_rows: int) -> Iterator[GraphShape]:
+        """All that `of` may give, those of few rows and columns first."""
+        columns = min(FEWEST_COLUMNS, kv.slot_tokens)
+        while True:
+            rows = 1
+            while rows <= bucket(max_rows):
+                if rows <= kv.slots:
+                    yield cls(rows, columns, standing=True)
+                yield cls(rows, columns, standing=False)
+                rows *= 2
+            if columns == kv.slot_tokens:
+                return
+            columns = min(2 * columns, kv.slot_tokens)
 
 
 class GraphRows:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from splitlearn.config import CompileMode
+
 BFLOAT16_CAPABILITY = (8, 0)
 
 
@@ -18,3 +20,10 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cpu":
         return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
     return False
+
+
+def compile_mode(asked: CompileMode, device: torch.device) -> CompileMode:
+    """What is compiled or recorded on this device; `auto` records where that saves launches of kernels."""
+    if asked != "auto":
+        return asked
+    return "default" if device.type == "cuda" else "off"

@@ -63,3 +63,13 @@ def test_rows_that_are_left_over_write_where_nobody_looks(kv: KvCache) -> None:
     gathered = GraphRows(kv, GraphShape(4, 256, standing=False), CPU)
     gathered.place(plan(9), None)
     assert gathered.slot_R.tolist() == [9, kv.spare, kv.spare, kv.spare]
+
+
+def test_every_shape_that_a_batch_may_have_is_listed(kv: KvCache) -> None:
+    listed = list(GraphShape.every(kv, max_rows=6))
+    assert len(set(listed)) == len(listed) == 2 * 4 * 3
+    for rows in range(1, 7):
+        for first in range(16 - rows):
+            for length in (0, 255, 256, 1023):
+                asked = plan(*range(first, first + rows), length=length)
+                assert GraphShape.of(asked, kv, max_rows=6) in listed
