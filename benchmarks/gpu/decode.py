@@ -11,15 +11,15 @@ split      the library's `generate()` over the split model, client and server as
 from __future__ import annotations
 
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from frame import MODES, SOURCES, Bench, arguments
+from frame import MODES, Bench, arguments
 from transformers import AutoModelForCausalLM
+
+from splitlearn.bench.worker import all_do, workers
 
 ROWS = (1, 8, 32)
 WAIT_S = 300.0
@@ -121,29 +121,20 @@ def whole(bench: Bench, folder: str) -> None:
 
 # ---------------------------------------------------------------- split
 
-SERVE = """
-import sys
-sys.path.insert(0, sys.argv[3])
-from splitlearn import TrunkServer
-sessions = {"session_tokens": 512, "kv_budget_bytes": int(sys.argv[5])}
-with TrunkServer(sys.argv[1], port=0, device=sys.argv[2], sessions=sessions, compile=sys.argv[4]) as server:
-    print(server.address, flush=True)
-    sys.stdin.read()
-"""
-
 
 def split(bench: Bench, folder: str, modes: tuple[str, ...], client_modes: tuple[str, ...]) -> None:
     from splitlearn import AutoSplitModelForCausalLM
 
-    budget = str(8 << 30 if bench.device == "cuda" else 64 << 20)
+    budget = 8 << 30 if bench.device == "cuda" else 64 << 20
     for mode in modes:
-        command = [sys.executable, "-c", SERVE, folder, bench.device, str(SOURCES), mode, budget]
-        server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        try:
-            address = server.stdout.readline().strip()
+        with workers("trunk_process", 1) as (trunk,):
+            how = {"sessions": {"session_tokens": 512, "kv_budget_bytes": budget}, "compile": mode}
+            started = time.monotonic()
+            (facts,) = all_do([trunk], "serve", model=folder, device=bench.device, **how)
+            bench.note(f"trunk {mode} serves", seconds=time.monotonic() - started)
             for ours in client_modes:
                 model = AutoSplitModelForCausalLM.from_pretrained(
-                    folder, trunk=address, device=bench.device, **({"compile": ours} if ours != "off" else {})
+                    folder, trunk=facts["address"], device=bench.device, compile=ours
                 )
                 speed = tokens_per_s(bench, model, 1)
                 timings = model.trunk.last_timings
@@ -159,9 +150,6 @@ def split(bench: Bench, folder: str, modes: tuple[str, ...], client_modes: tuple
                 model.close()
                 del model
                 bench.free()
-        finally:
-            server.stdin.close()
-            server.wait(60)
 
 
 def client_apart(bench: Bench, model: Any, mode: str) -> None:

@@ -104,8 +104,7 @@ class Stage:
         return Counts(**told)
 
     def load(self, clients: Sequence[Worker], address: str = "", **settings: Any) -> None:
-        if self.client_mode != "off":
-            settings = {"compile": self.client_mode} | settings
+        settings = {"compile": self.client_mode} | settings
         where = {"model": self.folder, "trunk": address or self.address, "device": self.bench.device}
         all_do(clients, "load", **where, **settings)
 

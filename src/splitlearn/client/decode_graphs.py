@@ -220,7 +220,7 @@ class DecodeGraph:
             ]
         )
         parts = [(layer, self._cache.layers[index]) for index, layer in compiled.items()]
-        self._compiled = CompiledDecode(parts, self._cache)
+        self._compiled = CompiledDecode(parts, self._cache, rows=rows)
         self._lease: weakref.ref[Lease] | None = None
         self._recorded: Recorded | None = self._record() if device.type == "cuda" else None
 

@@ -176,7 +176,7 @@ class DecodeGraph:
             ]
         )
         self._compiled = (
-            CompiledDecode(zip(trunk.layers, self._cache.layers, strict=True), self._cache)
+            CompiledDecode(zip(trunk.layers, self._cache.layers, strict=True), self._cache, rows=shape.rows)
             if compiled
             else None
         )
