@@ -61,9 +61,9 @@ def serve(
     max_batch_rows: Annotated[int, setting(BatchingConfig, "max_batch_rows", min=1)] = default_of(
         BatchingConfig, "max_batch_rows"
     ),
-    wait_ms: Annotated[float, setting(BatchingConfig, "wait_ms", min=0)] = default_of(
-        BatchingConfig, "wait_ms"
-    ),
+    wait_ms: Annotated[
+        float | None, setting(BatchingConfig, "wait_ms", min=0, show_default="half a batch's time")
+    ] = None,
     lease: Annotated[float, setting(SessionConfig, "lease_s", "--lease", metavar="SECONDS")] = default_of(
         SessionConfig, "lease_s"
     ),

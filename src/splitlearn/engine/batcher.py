@@ -41,6 +41,10 @@ class Batcher:
             return everybody
         return self._seated(everybody)
 
+    def has_room(self, waiting: Sequence[ReadyStep]) -> bool:
+        """Whether a further step of a row would fit beside those that wait."""
+        return self._batched and sum(each.rows for each in waiting) < self._config.max_batch_rows
+
     def _seated(self, everybody: list[ReadyStep]) -> list[ReadyStep]:
         first, *company = _in_turn(everybody)
         batch, rows = [first], first.rows

@@ -16,10 +16,11 @@ from splitlearn.engine.adapter_bank import AdapterBank
 from splitlearn.engine.adapter_table import AdapterTable
 from splitlearn.engine.admission import Admission
 from splitlearn.engine.batch_plan import BatchCounts
+from splitlearn.engine.company import Company
 from splitlearn.engine.decode_graphs import DecodeGraphs
 from splitlearn.engine.failures import explained, stopped
 from splitlearn.engine.kv_cache import KvCache
-from splitlearn.engine.ready_step import ReadyRunStep, ReadyStep
+from splitlearn.engine.ready_step import ReadyRunStep, ReadyStep, Work
 from splitlearn.engine.run_requests import RunRequests
 from splitlearn.engine.run_steps import RunSteps
 from splitlearn.engine.run_table import RunTable
@@ -88,7 +89,7 @@ class Engine:
             # What is not proven in a batch may depend on how far the whole prompt reaches.
             chunk_tokens=batching.prefill_chunk_tokens if trunk.batched else 0,
         )
-        self._wait_s = batching.wait_ms / 1000
+        self._company = Company(batching.wait_ms)
         self._queue = StepQueue()
         self.runs = RunRequests(self._queue, self._runs, adapters, self._admission.refuse_when_draining)
         self._ready = Scheduler(batching, batched=trunk.batched, mixes=self.bank.mixes)
@@ -183,6 +184,8 @@ class Engine:
         try:
             if (ready := self._admission.admit(step)) is not None:
                 self._ready.add(ready)
+                if isinstance(ready, ReadyStep):
+                    self._company.came(ready)
         except Exception as error:
             step.fail(explained(error))
 
@@ -196,9 +199,10 @@ class Engine:
             log.warning("runs that nobody used were closed", runs=names)
 
     def _wait_for_company(self) -> None:
-        until = time.monotonic() + self._wait_s
-        while self._ready.lacks_company(len(self._sessions)) and (left := until - time.monotonic()) > 0:
-            self._queue.wait(left)
+        while self._ready.has_room_for_company and not self._stopping.is_set():
+            if (awaited := self._company.awaited(time.monotonic(), len(self._ready))) is None:
+                return
+            self._queue.wait(awaited.within_s, awaited.sessions)
             self._accept()
 
     def _run_next_batch(self) -> None:
@@ -209,8 +213,15 @@ class Engine:
         for each in batch:
             if isinstance(each, ReadyRunStep):
                 self._do(each)
-        for unfinished in self._session_steps.do([each for each in batch if isinstance(each, ReadyStep)]):
+        if members := [each for each in batch if isinstance(each, ReadyStep)]:
+            self._do_together(members)
+
+    def _do_together(self, members: list[ReadyStep]) -> None:
+        began, is_decode = time.monotonic(), members[0].work is Work.DECODE
+        for unfinished in self._session_steps.do(members):
             self._ready.add(unfinished)
+        if is_decode:
+            self._company.ran(members, began, time.monotonic())
 
     def _give_up_late_steps(self) -> None:
         now = time.monotonic()

@@ -56,6 +56,8 @@ class ReadyStep:
     parts: list[Tensor] = field(default_factory=list)
     queued_us: int = 0
     device_us: int = 0
+    pause_s: float | None = None
+    """How long after its session's last answer it came, where that was lately."""
 
     @property
     def work(self) -> Work:

@@ -56,9 +56,11 @@ class Scheduler:
     def add(self, ready: Ready) -> None:
         self._lines[ready.work].add(ready)
 
-    def lacks_company(self, sessions: int) -> bool:
-        """Whether nothing but decode steps waits, and not those of so many sessions."""
-        return len(self) == len(self._lines[Work.DECODE]) < sessions
+    @property
+    def has_room_for_company(self) -> bool:
+        """Whether nothing but decode steps waits, and a batch takes further ones."""
+        decode = self._lines[Work.DECODE]
+        return len(self) == len(decode) and self._batcher.has_room(_sessions_steps(decode))
 
     def next_batch(self) -> Sequence[Ready]:
         """Taken out of what waits, which must be something; a training step is a batch of its own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import structlog
 import torch
@@ -96,8 +97,7 @@ class SessionSteps:
         else:
             if plan is not None:
                 self.ran.note(plan, ran.device_us)
-            rows = [member.step.message.rows for member in batch]
-            for member, activation_BTD in zip(batch, torch.split(ran.activation_BTD, rows), strict=True):
+            for member, activation_BTD in zip(batch, _parts(batch, ran.activation_BTD), strict=True):
                 try:
                     self._take(member, activation_BTD, ran)
                 except Exception as error:
@@ -107,9 +107,6 @@ class SessionSteps:
         dtype = member.step.message.activation_BTD.dtype
         if activation_BTD.dtype != dtype:
             activation_BTD = activation_BTD.to(dtype)
-        elif len(activation_BTD) < len(ran.activation_BTD):
-            # A part is copied: kept as a view, it would keep the whole batch's memory.
-            activation_BTD = activation_BTD.clone()
         member.take(activation_BTD, ran.device_us)
         if member.is_done:
             self._answer(member)
@@ -130,6 +127,16 @@ class SessionSteps:
                 self._sessions.drop(member.session)
         finally:
             member.step.fail(explained(error))
+
+
+def _parts(batch: list[ReadyStep], activation_BTD: Tensor) -> Sequence[Tensor]:
+    """Each member's rows, copied: kept as a view, an answer would keep the whole batch's memory."""
+    if len(batch) == 1:
+        return (activation_BTD,)
+    parts: Sequence[Tensor] = torch.split_with_sizes_copy(  # type: ignore[func-returns-value, assignment]
+        activation_BTD, [member.rows for member in batch]
+    )
+    return parts
 
 
 def _first_slot(member: ReadyStep) -> int:

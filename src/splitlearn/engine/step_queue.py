@@ -20,6 +20,7 @@ class StepQueue:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._waiting: list[Step[Any] | Request] = []
+        self._wanted = 1
         self._is_shut = False
 
     def put(self, item: Step[Any] | Request) -> bool:
@@ -27,7 +28,8 @@ class StepQueue:
         with self._changed:
             if not self._is_shut:
                 self._waiting.append(item)
-                self._changed.notify()
+                if len(self._waiting) >= self._wanted:
+                    self._changed.notify()
             return not self._is_shut
 
     def ask(self, work: Callable[[], Result]) -> Future[Result]:
@@ -44,11 +46,11 @@ class StepQueue:
             future.set_exception(stopped())
         return future
 
-    def wait(self, timeout_s: float) -> None:
-        """Until something waits, or the time is up."""
+    def wait(self, timeout_s: float, wanted: int = 1) -> None:
+        """Until so many wait, or the time is up: each wake costs as much as taking several in."""
         with self._changed:
-            if not self._waiting and not self._is_shut:
-                self._changed.wait(timeout_s)
+            self._wanted = wanted
+            self._changed.wait_for(lambda: len(self._waiting) >= wanted or self._is_shut, timeout_s)
 
     def take(self) -> list[Step[Any] | Request]:
         """All that waits."""

@@ -32,7 +32,7 @@ class CompiledDecode:
         self, layers: Iterable[tuple[nn.Module, CacheLayerMixin]], cache: Cache, *, rows: int
     ) -> None:
         keep_compiled_code()
-        options = dict(ONE_ROW) if rows == 1 else None
+        options: dict[str, Any] | None = dict(ONE_ROW) if rows == 1 else None
         self._forwards = [
             (layer, _with_own_cache(torch.compile(layer.forward, options=options), cache, OneLayer(part)))
             for layer, part in layers

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import structlog
 
 from splitlearn.errors import SplitLearnError, TrunkFailed
-from splitlearn.server.outbox import Content
 from splitlearn.wire.frames import FrameFormat
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.messages import AnswerMessage
@@ -34,13 +32,10 @@ def encoded(answer: AnswerMessage, format: FrameFormat) -> pb.ServerMessage:
     return pb.ServerMessage(answer=proto)
 
 
-def or_failed(encode: Callable[[], Content], key: pb.StepKey) -> Content:
-    """An answer that cannot be encoded is an error that can: nobody waits for what never comes."""
-    try:
-        return encode()
-    except Exception as error:
-        log.error("an answer could not be encoded", exc_info=error)
-        return failed(key, TrunkFailed("the answer could not be sent; the server's log has the cause"))
+def not_encoded(key: pb.StepKey, error: Exception) -> pb.ServerMessage:
+    """Its own words stay here: they may tell of the server's inside."""
+    log.error("an answer could not be encoded", exc_info=error)
+    return failed(key, TrunkFailed("the answer could not be sent; the server's log has the cause"))
 
 
 def failed(key: pb.StepKey, error: SplitLearnError) -> pb.ServerMessage:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import count
@@ -17,9 +17,10 @@ from splitlearn.engine.checkpoint import RunStore
 from splitlearn.engine.engine import Engine
 from splitlearn.errors import CorruptFrame, MessageError, SplitLearnError
 from splitlearn.server.admission import Admission
-from splitlearn.server.answers import encoded, failed, forked, is_quick, or_failed
+from splitlearn.server.answers import encoded, failed, forked, is_quick, not_encoded
 from splitlearn.server.egress import Egress
 from splitlearn.server.facts import facts_of
+from splitlearn.server.handover import Handover
 from splitlearn.server.lanes import Lane, reason
 from splitlearn.server.outbox import Content, Exit, Outbox
 from splitlearn.vocabulary import CodecId
@@ -47,6 +48,7 @@ class Hall:
     config: ServerConfig
     admission: Admission
     egress: Egress
+    handover: Handover
     runs: RunStore
     streams: set[ClientStream] = field(default_factory=set)
 
@@ -77,7 +79,6 @@ class ClientStream:
     def __init__(self, hall: Hall, hello: pb.Hello) -> None:
         self._hall = hall
         self._limits = hall.config.limits
-        self._loop = asyncio.get_running_loop()
         self.outbox = Outbox(self._settle)
         self._numbers = count(1)
         self._room = asyncio.Semaphore(hall.config.max_unanswered)
@@ -199,18 +200,20 @@ class ClientStream:
     def _send(self, done: Future[AnswerMessage], format: FrameFormat, key: pb.StepKey) -> None:
         """On the engine's thread: hand over at once."""
         answer = done.result()
-        quick = is_quick(answer)
-
-        def encode() -> Content:
-            into = format if quick else format.apart_if_large()
-            message = encoded(answer, into)
-            return self._in_pieces(message, into.apart[0] if into.apart else None)
-
-        if quick:
+        if is_quick(answer):
             # Encoded where it is sent: waking one more thread would take longer.
-            self._call(lambda: self._deliver(or_failed(encode, key)))
+            self._hall.handover.put(lambda: self._deliver(self._encode(answer, format, key)))
         else:
-            self._hall.egress.do(lambda: self._hand_over(or_failed(encode, key)))
+            apart = format.apart_if_large()
+            self._hall.egress.do(lambda: self._hand_over(self._encode(answer, apart, key)))
+
+    def _encode(self, answer: AnswerMessage, format: FrameFormat, key: pb.StepKey) -> Content:
+        """An answer that cannot be encoded is an error that can: nobody waits for what never comes."""
+        try:
+            message = encoded(answer, format)
+            return self._in_pieces(message, format.apart[0] if format.apart else None)
+        except Exception as error:
+            return not_encoded(key, error)
 
     def _fork(self, proto: pb.ForkSession) -> None:
         try:
@@ -234,12 +237,7 @@ class ClientStream:
         )
 
     def _hand_over(self, content: Content) -> None:
-        self._call(lambda: self._deliver(content))
-
-    def _call(self, work: Callable[[], None]) -> None:
-        """On the event loop's thread, from any other."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(work)
+        self._hall.handover.put(lambda: self._deliver(content))
 
     def _deliver(self, content: Content) -> None:
         self.outbox.put(content, is_answer=True)

@@ -29,6 +29,7 @@ from splitlearn.model.weights import fingerprint, load_trunk
 from splitlearn.server.admission import Admission
 from splitlearn.server.client_stream import Hall
 from splitlearn.server.egress import Egress
+from splitlearn.server.handover import Handover
 from splitlearn.server.service import SERVICE, TrunkService, add_to_server
 from splitlearn.wire.chunks import STREAM_OPTIONS
 from splitlearn.wire.handshake import ModelIdentity
@@ -121,7 +122,9 @@ class TrunkServer:
         runs = RunStore(self.config.state_dir / f"{self._identity.weights_hash:016x}" / "runs", budget)
         with contextlib.suppress(OSError):  # who saves is told of a folder that cannot be used
             runs.clear_up()
-        self._hall = hall = Hall(self.engine, self._identity, self.config, admission, egress, runs)
+        self._hall = hall = Hall(
+            self.engine, self._identity, self.config, admission, egress, Handover(loop), runs
+        )
         server, healthy = self._grpc_server(hall)
         await server.start()
         await healthy.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)

@@ -38,6 +38,8 @@ DTYPES_OF_ROLE: dict[Role, frozenset[torch.dtype]] = {
     Role.POSITIONS: frozenset({torch.int32}),
     Role.SEGMENT_IDS: frozenset({torch.int32}),
 }
+ROLE_IDS: dict[Role, pb.Role] = {role: getattr(pb, role.name) for role in Role}
+CODEC_IDS: dict[CodecId, pb.Codec] = {codec: getattr(pb, codec.name) for codec in CodecId}
 NAME_OF_ROLE = {role: role.name.lower().replace("_", " ") for role in Role}
 
 
@@ -56,22 +58,26 @@ class FrameFormat:
 
 def encode_frame(tensor: Tensor, role: Role, format: FrameFormat) -> pb.Frame:
     """The tensor as a frame; side tensors (masks, positions) always go raw."""
-    codec = format.codec if tensor.dtype in FLOATS else CodecId.RAW
+    frame = pb.Frame()
+    write_frame(frame, tensor, role, format)
+    return frame
+
+
+def write_frame(frame: pb.Frame, tensor: Tensor, role: Role, format: FrameFormat) -> None:
+    """`encode_frame` into a message's own empty frame, which spares the bytes a copy."""
+    codec_id = format.codec if tensor.dtype in FLOATS else CodecId.RAW
+    codec = codec_of(codec_id)
     host = to_host(tensor)
-    data, checksum = b"", 0
     if format.apart is not None and host.nbytes >= APART_BYTES:
-        format.apart.append(codec_of(codec).encode_view(host))
+        format.apart.append(codec.encode_view(host))
     else:
-        data = codec_of(codec).encode(host)
-        checksum = checksum_of(data) if format.checksum else 0
-    return pb.Frame(
-        dtype=DTYPE_IDS[tensor.dtype],
-        shape=tensor.shape,
-        data=data,
-        checksum=checksum,
-        role=role.name,
-        codec=codec.name,
-    )
+        data = codec.encode(host)
+        frame.data = data
+        frame.checksum = checksum_of(data) if format.checksum else 0
+    frame.dtype = DTYPE_IDS[tensor.dtype]
+    frame.shape.extend(tensor.shape)
+    frame.role = ROLE_IDS[role]
+    frame.codec = CODEC_IDS[codec_id]
 
 
 def decode_frame(
@@ -96,26 +102,29 @@ def decode_frame(
         FrameError: role, dtype, rank, shape, codec or size is not what it may be.
         CorruptFrame: the bytes are not those that were sent.
     """
+    if frame.role != ROLE_IDS[role]:
+        raise FrameError(f"the {NAME_OF_ROLE[role]} frame says it is {_role_name(frame.role)}")
     name = NAME_OF_ROLE[role]
-    if frame.role != role.value:
-        raise FrameError(f"the {name} frame says it is {_role_name(frame.role)}")
     kind = _dtype(frame, role)
-    _check_shape(frame.shape, shape, name)
+    told = tuple(frame.shape)
+    _check_shape(told, shape, name)
     codec = codec_of(_codec_id(frame.codec))
-    expected = codec.encoded_bytes(kind, math.prod(frame.shape))
-    if payload is not None and frame.data:
+    expected = codec.encoded_bytes(kind, math.prod(told))
+    # Read once: protobuf copies it each time.
+    data = frame.data
+    if payload is not None and data:
         raise FrameError(f"the {name} frame has bytes of its own and others behind its message")
-    size = len(frame.data) if payload is None else payload.numel()
+    size = len(data) if payload is None else payload.numel()
     if size != expected:
         raise FrameError(
-            f"the {name} frame has {size} bytes, its shape {list(frame.shape)} in {kind} takes {expected}"
+            f"the {name} frame has {size} bytes, its shape {list(told)} in {kind} takes {expected}"
         )
-    if checksum and payload is None and checksum_of(frame.data) != frame.checksum:
+    if checksum and payload is None and checksum_of(data) != frame.checksum:
         raise CorruptFrame(
             f"the {name} frame does not match its checksum, the network or a memory changed it: try again"
         )
-    flat = codec.decode(frame.data, kind) if payload is None else codec.decode_view(payload, kind)
-    return flat.view(tuple(frame.shape))
+    flat = codec.decode(data, kind) if payload is None else codec.decode_view(payload, kind)
+    return flat.view(told)
 
 
 def _dtype(frame: pb.Frame, role: Role) -> torch.dtype:
@@ -130,8 +139,8 @@ def _dtype(frame: pb.Frame, role: Role) -> torch.dtype:
     return kind
 
 
-def _check_shape(shape: Sequence[int], expected: Sequence[int | None], name: str) -> None:
-    if list(shape) == list(expected):
+def _check_shape(shape: tuple[int, ...], expected: Sequence[int | None], name: str) -> None:
+    if shape == tuple(expected):
         return
     if len(shape) > MAX_RANK or any(length >= MAX_DIMENSION for length in shape):
         raise FrameError(f"the {name} frame has shape {list(shape)[:8]}, which no step has")

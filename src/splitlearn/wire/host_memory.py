@@ -11,6 +11,8 @@ from torch import Tensor
 
 def to_host(tensor: Tensor) -> Tensor:
     """The tensor's values on the CPU, once they are all there; a CPU tensor as it is."""
+    if tensor.is_cpu and not tensor.requires_grad:
+        return tensor
     tensor = tensor.detach()
     if tensor.device.type != "cuda":
         return tensor.cpu()

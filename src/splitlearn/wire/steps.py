@@ -11,7 +11,7 @@ from splitlearn.config import WireLimits
 from splitlearn.errors import MessageError
 from splitlearn.vocabulary import Phase, Role, StepKey, Timings, Versions
 from splitlearn.wire import step_fields
-from splitlearn.wire.frames import FrameFormat, decode_frame, encode_frame
+from splitlearn.wire.frames import FrameFormat, decode_frame, write_frame
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.messages import (
     AnswerMessage,
@@ -26,18 +26,21 @@ from splitlearn.wire.status import error_from_proto, error_to_proto
 
 # B rows   T tokens   D hidden
 
+PHASES: dict[pb.Phase, Phase] = {getattr(pb, phase.name): phase for phase in Phase}
+PHASE_IDS = {phase: wire_id for wire_id, phase in PHASES.items()}
+
 
 def step_to_proto(step: StepMessage, format: FrameFormat) -> pb.Step:
     """A step as it is sent; fields at their default take no bytes."""
     proto = pb.Step(
         key=key_to_proto(step.key),
-        activation=encode_frame(step.activation_BTD, Role.ACTIVATION, format),
         acked_through=step.acked_through,
         keep_positions=step.keep_positions,
         select_rows=step.select_rows,
         deadline_s=step.deadline_s,
         priority=step.priority,
     )
+    write_frame(proto.activation, step.activation_BTD, Role.ACTIVATION, format)
     if step.open is not None:
         proto.open.CopyFrom(_open_to_proto(step.open))
     _add_sides(proto, step.mask_columns_BT, step.positions_BT, format)
@@ -88,7 +91,7 @@ def run_step_to_proto(step: RunStepMessage, format: FrameFormat) -> pb.Step:
         acked_through=step.acked_through,
     )
     if step.tensor_BTD is not None:
-        proto.activation.CopyFrom(encode_frame(step.tensor_BTD, _sent(step.key.phase), format))
+        write_frame(proto.activation, step.tensor_BTD, _sent(step.key.phase), format)
     _add_sides(proto, step.mask_columns_BT, step.positions_BT, format)
     if (optimizer := step.optimizer) is not None:
         proto.optimizer.gradient_scale = optimizer.gradient_scale
@@ -137,14 +140,12 @@ def answer_to_proto(answer: AnswerMessage, format: FrameFormat) -> pb.Answer:
         proto.error.CopyFrom(error_to_proto(answer.error))
         return proto
     if answer.activation_BTD is not None:
-        proto.activation.CopyFrom(encode_frame(answer.activation_BTD, _sent(answer.key.phase), format))
+        write_frame(proto.activation, answer.activation_BTD, _sent(answer.key.phase), format)
     if answer.norms is not None:
-        proto.norms.CopyFrom(encode_frame(answer.norms, Role.NORMS, FrameFormat(checksum=format.checksum)))
+        write_frame(proto.norms, answer.norms, Role.NORMS, FrameFormat(checksum=format.checksum))
     proto.stepped = answer.stepped
-    timings = answer.timings
-    proto.timings.queued_us = timings.queued_us
-    proto.timings.device_us = timings.device_us
-    proto.timings.copied_us = timings.copied_us
+    timings, told = answer.timings, proto.timings
+    told.queued_us, told.device_us, told.copied_us = timings.queued_us, timings.device_us, timings.copied_us
     if answer.versions.version:
         proto.adapter.adapter = answer.versions.adapter
         proto.adapter.version = answer.versions.version
@@ -187,16 +188,14 @@ def key_to_proto(key: StepKey) -> pb.StepKey:
         step=key.step,
         incarnation=key.incarnation,
         microbatch=key.microbatch,
-        phase=key.phase.name,
+        phase=PHASE_IDS[key.phase],
     )
 
 
 def key_from_proto(proto: pb.StepKey) -> StepKey:
     """Raises MessageError where the key names both a session and a run, or an unknown phase."""
-    try:
-        phase = Phase(proto.phase)
-    except ValueError:
-        raise MessageError(f"phase {proto.phase} is not in the protocol") from None
+    if (phase := PHASES.get(proto.phase)) is None:
+        raise MessageError(f"phase {proto.phase} is not in the protocol")
     if proto.session and proto.run:
         raise MessageError("a step belongs to a session or to a run, not to both")
     return StepKey(
@@ -233,12 +232,12 @@ def _sent(phase: Phase) -> Role:
 def _add_sides(
     proto: pb.Step, mask_columns_BT: Tensor | None, positions_BT: Tensor | None, format: FrameFormat
 ) -> None:
-    format = replace(format, apart=None)
+    if format.apart is not None:
+        format = replace(format, apart=None)
     if mask_columns_BT is not None:
-        proto.mask_columns.CopyFrom(encode_frame(mask_columns_BT, Role.MASK_COLUMNS, format))
+        write_frame(proto.mask_columns, mask_columns_BT, Role.MASK_COLUMNS, format)
     if positions_BT is not None:
-        positions = positions_BT.to(torch.int32)
-        proto.positions.CopyFrom(encode_frame(positions, Role.POSITIONS, format))
+        write_frame(proto.positions, positions_BT.to(torch.int32), Role.POSITIONS, format)
 
 
 def _norms(proto: pb.Answer, checksum: bool) -> Tensor | None:

@@ -253,22 +253,42 @@ def test_a_stopped_engine_answers_what_still_waits(trunk):
         result(waiting)
 
 
-def test_a_lone_step_waits_for_company_as_long_as_it_was_told(trunk):
+def test_a_lone_step_waits_for_sessions_that_come_back(trunk):
     sessions = SessionConfig(kv_budget_bytes=1 << 20, session_tokens=64)
     engine = Engine(trunk, BatchingConfig(wait_ms=WAIT_S * 1000), sessions)
     openings = [engine.submit(ME, step(1, tokens(4), session)) for session in (1, 2)]
     engine.start()
     for opening in openings:
         result(opening)
+    for number in (2, 3):
+        # Nobody has come back before number 2, so that those need not run together.
+        for future in [engine.submit(ME, step(number, tokens(1), session)) for session in (1, 2)]:
+            result(future)
     ran = count_runs(engine)
-    first = engine.submit(ME, step(2, tokens(1), 1))
+    first = engine.submit(ME, step(4, tokens(1), 1))
     engine._queue.ask(lambda: None).result(WAIT_S)
     assert ran == []
-    second = engine.submit(ME, step(2, tokens(1), 2))
+    second = engine.submit(ME, step(4, tokens(1), 2))
     result(first)
     result(second)
     assert [len(plan.steps) for plan in ran] == [2]
     engine.stop()
+
+
+def test_an_engine_that_waits_for_company_stops_at_once(trunk):
+    sessions = SessionConfig(kv_budget_bytes=1 << 20, session_tokens=64)
+    engine = Engine(trunk, BatchingConfig(wait_ms=1e9), sessions)
+    engine.start()
+    for number in (1, 2, 3):
+        futures = [engine.submit(ME, step(number, tokens(1), session)) for session in (1, 2)]
+        for future in futures:
+            result(future)
+    waiting = engine.submit(ME, step(4, tokens(1), 1))
+    engine._queue.ask(lambda: None).result(WAIT_S)
+    assert not waiting.done()
+    engine.stop()
+    assert waiting.done()
+    assert not engine._thread.is_alive()
 
 
 def test_an_engine_that_fails_says_so_and_leaves_nobody_waiting(trunk):

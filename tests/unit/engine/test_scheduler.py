@@ -198,12 +198,15 @@ def test_the_same_arrivals_give_the_same_turns():
     assert turns(3) != turns(4)
 
 
-def test_decode_steps_lack_company_only_while_nothing_else_could_run():
-    made = scheduler(decode(), decode())
-    assert made.lacks_company(sessions=3)
-    assert not made.lacks_company(sessions=2)
+def test_there_is_room_for_company_only_while_nothing_else_could_run():
+    assert scheduler(decode(), decode()).has_room_for_company
     for other in (prompt(), training()):
-        assert not scheduler(decode(), other).lacks_company(sessions=3)
+        assert not scheduler(decode(), other).has_room_for_company
+
+
+def test_a_full_batch_and_steps_that_run_one_by_one_have_no_room_for_company():
+    assert not scheduler(decode(), decode(), max_batch_rows=2).has_room_for_company
+    assert not scheduler(decode(), batched=False).has_room_for_company
 
 
 def test_what_is_taken_out_is_not_run():

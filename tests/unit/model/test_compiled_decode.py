@@ -72,7 +72,8 @@ def test_a_compiled_step_gives_and_keeps_what_the_family_does(trunk: TrunkSegmen
     found, ours = step(trunk, shape, compiled=True)
     assert torch.allclose(found, expected, atol=1e-6)
     # The last column, and the spare slot, hold what rows that are left over have written.
-    for mine, yours in zip((*ours.keys_SHLE, *ours.values_SHLE), (*theirs.keys_SHLE, *theirs.values_SHLE)):
+    kept = [(*kv.keys_SHLE, *kv.values_SHLE) for kv in (ours, theirs)]
+    for mine, yours in zip(*kept, strict=True):
         assert torch.allclose(mine[:ROWS, :, :16], yours[:ROWS, :, :16], atol=1e-6)
     assert not counters["graph_break"]
 
