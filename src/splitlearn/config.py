@@ -74,6 +74,9 @@ class BatchingConfig(Settings):
     wait_ms: NonNegativeFloat | None = None
     """How long after its answer a session's next decode step is waited for, so that it joins those that wait
     already; left out, as long as a joint batch saves more than the wait costs; 0 waits for nobody."""
+    adapter_bank_bytes: NonNegativeInt = 4 * GIB
+    """Memory for copies of the adapters that sessions generate with, so that their steps run together;
+    adapters without room there run in batches of their own. Taken when the first such batch comes."""
 
 
 class SessionConfig(Settings):

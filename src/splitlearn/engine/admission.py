@@ -6,6 +6,7 @@ import threading
 import time
 from typing import Any
 
+from splitlearn.engine.adapter_bank import AdapterBank
 from splitlearn.engine.ready_step import ReadyRunStep, ReadyStep
 from splitlearn.engine.run_table import RunTable
 from splitlearn.engine.session import require_room
@@ -25,6 +26,7 @@ class Admission:
         sessions: SessionTable,
         runs: RunTable,
         state: TrunkState,
+        bank: AdapterBank,
         *,
         slot_tokens: int,
         max_positions: int | None,
@@ -33,6 +35,7 @@ class Admission:
         self._sessions = sessions
         self._runs = runs
         self._state = state
+        self._bank = bank
         self._slot_tokens = slot_tokens
         self._max_positions = max_positions
         self._chunk_tokens = chunk_tokens
@@ -81,6 +84,7 @@ class Admission:
             return None
         self._sessions.check(session, step.message)
         session.running = step
+        self._bank.admit(session.adapter)
         return ReadyStep(step, session, self._chunk_tokens)
 
     def _check_opening(self, message: StepMessage) -> None:

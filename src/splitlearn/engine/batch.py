@@ -22,8 +22,9 @@ def run_batch(runner: Runner, batch: list[ReadyStep], dtype: torch.dtype) -> tup
     if batch[0].session is None:
         lone = batch[0].step.message
         return None, runner.run_without_cache(lone.activation_BTD, lone.mask_columns_BT, lone.positions_BT)
-    plan = _plan_of(batch)
-    first = batch[0].session
+    sessions = [_session_of(member) for member in batch]
+    plan = _plan_of(batch, runner.places([session.adapter for session in sessions]))
+    first = sessions[0]
     pieces_BTD = [member.piece_of(member.step.message.activation_BTD) for member in batch]
     if any(piece_BTD.dtype != pieces_BTD[0].dtype for piece_BTD in pieces_BTD):
         pieces_BTD = [piece_BTD.to(dtype) for piece_BTD in pieces_BTD]
@@ -36,8 +37,8 @@ def run_batch(runner: Runner, batch: list[ReadyStep], dtype: torch.dtype) -> tup
         plan,
         activation_BTD,
         positions_BT,
-        padded=any(_session_of(member).padded for member in batch),
-        adapter=first.adapter,
+        padded=any(session.padded for session in sessions),
+        adapter=None if plan.mixed else first.adapter,
         autocast=first.precision.autocast,
     )
     if order:
@@ -54,7 +55,8 @@ def _order_of(batch: list[ReadyStep]) -> list[int]:
     return [] if order == list(range(len(order))) else order
 
 
-def _plan_of(batch: list[ReadyStep]) -> BatchPlan:
+def _plan_of(batch: list[ReadyStep], places: tuple[int, ...]) -> BatchPlan:
+    """`places` are the members' in the bank of adapters, if they have any."""
     sessions = [_session_of(member) for member in batch]
     return BatchPlan(
         steps=tuple(member.step.message.key.step for member in batch),
@@ -62,7 +64,9 @@ def _plan_of(batch: list[ReadyStep]) -> BatchPlan:
         slots=tuple(slot for session in sessions for slot in sorted(session.slots)),
         lengths=tuple(member.length for member in batch for _ in _session_of(member).slots),
         tokens=batch[0].tokens,
-        adapter_slots=(0,) * sum(session.rows for session in sessions),
+        adapter_slots=tuple(
+            place for session, place in zip(sessions, places, strict=False) for _ in session.slots
+        ),
     )
 
 

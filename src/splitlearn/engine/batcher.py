@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from splitlearn.config import BatchingConfig
 from splitlearn.engine.ready_step import ReadyStep
+from splitlearn.engine.trunk_state import AdapterVersion
+
+Mixes = Callable[[AdapterVersion], bool]
+
+
+def no_adapter_mixes(adapter: AdapterVersion) -> bool:
+    return False
 
 
 class Batcher:
-    """All that fit: as many new tokens a row, the same adapter, the same precision.
+    """All that fit: as many new tokens a row, the same precision, adapters that may be mixed.
 
     A step that is cut into pieces counts with the piece that runs next. Steps without a session,
     and those of families that are not proven in a batch, run one by one.
+
+    Args:
+        mixes: whether an adapter's steps may run beside those of others.
     """
 
-    def __init__(self, config: BatchingConfig, *, batched: bool) -> None:
+    def __init__(self, config: BatchingConfig, *, batched: bool, mixes: Mixes = no_adapter_mixes) -> None:
         self._config = config
         self._batched = batched
+        self._mixes = mixes
 
     def choose(self, first: ReadyStep, waiting: Sequence[ReadyStep]) -> list[ReadyStep]:
         """`first` and its company out of those that wait; where not all fit, clients have seats in turn."""
         if not self._batched or first.session is None:
             return [first]
-        company = [other for other in waiting if other is not first and _go_together(first, other)]
+        company = [other for other in waiting if other is not first and self._go_together(first, other)]
         everybody = [first, *company]
         if self._fits(sum(member.rows for member in everybody), first.tokens):
             return everybody
@@ -47,16 +58,18 @@ class Batcher:
         config = self._config
         return rows <= config.max_batch_rows and rows * tokens <= config.max_batch_tokens
 
+    def _go_together(self, first: ReadyStep, other: ReadyStep) -> bool:
+        mine, others = first.session, other.session
+        return (
+            mine is not None
+            and others is not None
+            and first.tokens == other.tokens
+            and mine.precision.autocast == others.precision.autocast
+            and self._mix(mine.adapter, others.adapter)
+        )
 
-def _go_together(first: ReadyStep, other: ReadyStep) -> bool:
-    mine, others = first.session, other.session
-    return (
-        mine is not None
-        and others is not None
-        and first.tokens == other.tokens
-        and mine.adapter is others.adapter
-        and mine.precision.autocast == others.precision.autocast
-    )
+    def _mix(self, mine: AdapterVersion, others: AdapterVersion) -> bool:
+        return mine is others or (self._mixes(mine) and self._mixes(others))
 
 
 def _in_turn(steps: Sequence[ReadyStep]) -> list[ReadyStep]:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from splitlearn.engine.adapter_bank import AdapterBank
 from splitlearn.engine.batch_plan import BatchPlan
 from splitlearn.engine.graph_rows import GraphRows, GraphShape
 from splitlearn.engine.kv_cache import KvCache
-from splitlearn.engine.trunk_state import BARE, AdapterVersion
 from splitlearn.model.compiled_decode import CompiledDecode
 from splitlearn.model.decode_attention import attending_to_one_token
 from splitlearn.model.first_steps import FirstSteps
@@ -41,21 +41,30 @@ class DecodeGraphs:
     A batch takes the smallest shape that it fits in. What cannot be recorded runs as it always did, after one
     warning.
 
+    Batches with adapters have graphs of their own, recorded when the first of a shape comes. They read each
+    row's place in the bank of adapters, and their layers are not compiled.
+
     Args:
         trunk: of a family that may run in a batch.
         kv: with a slot to spare.
+        bank: the adapters that rows may have.
         compiled: whether layers are compiled before they are recorded.
         max_rows: the largest batch.
     """
 
-    def __init__(self, trunk: TrunkSegment, kv: KvCache, *, compiled: bool, max_rows: int) -> None:
-        self._trunk, self._kv = trunk, kv
+    def __init__(
+        self, trunk: TrunkSegment, kv: KvCache, bank: AdapterBank, *, compiled: bool, max_rows: int
+    ) -> None:
+        self._trunk, self._kv, self._bank = trunk, kv, bank
         self._compiled = compiled
         self._max_rows = max_rows
         self._graphs: dict[GraphShape, DecodeGraph] = {}
+        self._banked: dict[GraphShape, DecodeGraph] = {}
+        self._generation = bank.generation
         # One after another they run, so they may share what they compute in.
         self._pool = torch.cuda.graph_pool_handle() if trunk.device.type == "cuda" else None
         self.first_steps = FirstSteps(log, self._graphs.clear)
+        self.banked_first_steps = FirstSteps(log, self._banked.clear)
         self.recorded = 0
         """How many graphs were made: in steady state this number stands still."""
         self._taken_bytes = 0
@@ -77,26 +86,32 @@ class DecodeGraphs:
         seconds = round(time.monotonic() - started, 1)
         log.info("decode graphs recorded", graphs=self.recorded, bytes=self._taken_bytes, seconds=seconds)
 
-    def take(self, plan: BatchPlan, adapter: AdapterVersion, autocast: str) -> bool:
+    def first_steps_of(self, plan: BatchPlan) -> FirstSteps:
+        return self.banked_first_steps if plan.has_adapters else self.first_steps
+
+    def take(self, plan: BatchPlan, autocast: str) -> bool:
         """Whether this batch can run here."""
         fits = plan.tokens == 1 and len(plan.slots) <= self._max_rows
-        return fits and adapter is BARE and not autocast and not self.first_steps.failed
+        has_places = bool(plan.adapter_slots)
+        return fits and has_places and not autocast and not self.first_steps_of(plan).failed
 
     def run(self, plan: BatchPlan, activation_B1D: Tensor, positions_B1: Tensor | None) -> Tensor | None:
         """(B, 1, D) on the CPU, complete; None where it could not be recorded and nothing was changed."""
         try:
-            graph = self._graph_of(GraphShape.of(plan, self._kv, self._max_rows))
+            shape = GraphShape.of(plan, self._kv, self._max_rows)
+            graph = self._graph_of(shape, banked=plan.has_adapters)
         except Exception as error:
-            self.first_steps.give_up(error)
+            self.first_steps_of(plan).give_up(error)
             return None
         return None if graph is None else graph.run(plan, activation_B1D, positions_B1)
 
-    def _graph_of(self, shape: GraphShape) -> DecodeGraph | None:
+    def _graph_of(self, shape: GraphShape, *, banked: bool = False) -> DecodeGraph | None:
         """None where the graphs have all the memory that they may have."""
-        graph = self._graphs.get(shape)
+        graphs = self._over_the_bank() if banked else self._graphs
+        graph = graphs.get(shape)
         if graph is None and self._taken_bytes < MEMORY_BYTES:
             before = self._free_bytes()
-            graph = self._graphs[shape] = self._new_graph(shape)
+            graph = graphs[shape] = self._new_graph(shape, self._bank if banked else None)
             self.recorded += 1
             self._taken_bytes += max(before - self._free_bytes(), 0)
             if self._taken_bytes >= MEMORY_BYTES:
@@ -107,18 +122,27 @@ class DecodeGraphs:
                 )
         return graph
 
-    def _new_graph(self, shape: GraphShape) -> DecodeGraph:
+    def _over_the_bank(self) -> dict[GraphShape, DecodeGraph]:
+        """Those that read the bank's memory as it is now; older ones go."""
+        if self._generation != self._bank.generation:
+            self._banked.clear()
+            self._generation = self._bank.generation
+        return self._banked
+
+    def _new_graph(self, shape: GraphShape, bank: AdapterBank | None) -> DecodeGraph:
+        compiled = self._compiled and bank is None
+
         def new_graph() -> DecodeGraph:
-            return DecodeGraph(self._trunk, self._kv, shape, compiled=self._compiled, pool=self._pool)
+            return DecodeGraph(self._trunk, self._kv, shape, bank=bank, compiled=compiled, pool=self._pool)
 
         try:
             return new_graph()
         except Exception as error:
-            if not self._compiled:
+            if not compiled:
                 raise
             reason = (str(error) or type(error).__name__).splitlines()[0]
             log.warning("layers could not be compiled for decode steps and run as they are", error=reason)
-            self._compiled = False
+            self._compiled = compiled = False
             return new_graph()
 
     def _free_bytes(self) -> int:
@@ -127,13 +151,20 @@ class DecodeGraphs:
 
 
 class DecodeGraph:
-    """One step of the rows of one shape."""
+    """One step of the rows of one shape; with a bank, each has the adapter of its place there."""
 
     def __init__(
-        self, trunk: TrunkSegment, kv: KvCache, shape: GraphShape, *, compiled: bool = False, pool: Any = None
+        self,
+        trunk: TrunkSegment,
+        kv: KvCache,
+        shape: GraphShape,
+        *,
+        bank: AdapterBank | None = None,
+        compiled: bool = False,
+        pool: Any = None,
     ) -> None:
         device = trunk.device
-        self._trunk = trunk
+        self._trunk, self._bank = trunk, bank
         self._state_R1D = torch.zeros(shape.rows, 1, trunk.hidden_size, dtype=trunk.dtype, device=device)
         self._rows = GraphRows(kv, shape, device)
         held = zip(kv.keys_SHLE, kv.values_SHLE, strict=True)
@@ -163,6 +194,7 @@ class DecodeGraph:
         with (
             ragged(rows.column_R[:, None], rows.visible()),
             attending_to_one_token(trunk.causal_lm),
+            self._bank.bound(rows.adapter_R) if self._bank else contextlib.nullcontext(),
             self._compiled.in_place() if self._compiled else contextlib.nullcontext(),
         ):
             out_R1D = trunk(

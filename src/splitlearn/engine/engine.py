@@ -12,6 +12,7 @@ from typing import Any
 import structlog
 
 from splitlearn.config import BatchingConfig, CompileMode, RunConfig, SessionConfig
+from splitlearn.engine.adapter_bank import AdapterBank
 from splitlearn.engine.adapter_table import AdapterTable
 from splitlearn.engine.admission import Admission
 from splitlearn.engine.batch_plan import BatchCounts
@@ -62,12 +63,15 @@ class Engine:
         graphed = compile != "off" and trunk.batched
         self.kv = _kv_cache(trunk, sessions, spare=graphed)
         self._state = state = TrunkState(trunk, compiled=compile == "max")
+        self.bank = AdapterBank(state.slots, batching.adapter_bank_bytes)
         self.graphs = (
-            DecodeGraphs(trunk, self.kv, compiled=compile == "max", max_rows=batching.max_batch_rows)
+            DecodeGraphs(
+                trunk, self.kv, self.bank, compiled=compile == "max", max_rows=batching.max_batch_rows
+            )
             if graphed
             else None
         )
-        self._runner = Runner(trunk, self.kv, state, self.graphs)
+        self._runner = Runner(trunk, self.kv, state, self.bank, self.graphs)
         self.tape = Tape(runs.tape_budget_bytes)
         adapters = AdapterTable(state, runs.max_adapters)
         self._runs = RunTable(state, self.tape, runs, adapters)
@@ -80,6 +84,7 @@ class Engine:
             self._sessions,
             self._runs,
             state,
+            self.bank,
             slot_tokens=self.kv.slot_tokens,
             max_positions=trunk.max_positions,
             # What is not proven in a batch may depend on how far the whole prompt reaches.
@@ -91,7 +96,7 @@ class Engine:
         self.moves = SessionMoves(
             self._queue, self._sessions, self.kv, state, self._admission.refuse_when_draining
         )
-        self._ready = Scheduler(batching, batched=trunk.batched)
+        self._ready = Scheduler(batching, batched=trunk.batched, mixes=self.bank.mixes)
         self.lease_s = sessions.lease_s
         self.failure: Exception | None = None
         self.on_failure: Callable[[], object] = lambda: None
@@ -191,6 +196,7 @@ class Engine:
     def _expire(self) -> None:
         if expired := self._sessions.expire(time.monotonic()):
             log.info("sessions expired", sessions=expired)
+        self.bank.keep(self._sessions.adapters())
         if expired := self.tape.expire(time.monotonic()):
             log.info("forwards without a backward expired", forwards=expired)
         if names := self._runs.expire(time.monotonic()):

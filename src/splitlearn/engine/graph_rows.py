@@ -10,11 +10,12 @@ from torch import Tensor
 
 from splitlearn.engine.batch_plan import BatchPlan
 from splitlearn.engine.kv_cache import KvCache
+from splitlearn.model.lora_bank import BARE_PLACE
 from splitlearn.model.static_layer import FEWEST_COLUMNS, bucket
 
 # R rows of a graph   B rows of a batch   D hidden   K columns
 
-SLOT, COLUMN, POSITION, ANSWER = range(4)
+SLOT, COLUMN, POSITION, ANSWER, ADAPTER = range(5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +67,14 @@ class GraphRows:
         assert kv.spare_column is not None
         self._kv, self._shape = kv, shape
         self._left_over = (0, kv.spare_column) if shape.standing else (kv.spare, 0)
-        self._places_4R = torch.zeros(4, shape.rows, dtype=torch.long, device=device)
-        self._places_4R[SLOT], self._places_4R[COLUMN] = self._left_over
-        self.slot_R = torch.arange(shape.rows, device=device) if shape.standing else self._places_4R[SLOT]
-        self.column_R = self._places_4R[COLUMN]
+        self._places_5R = torch.zeros(5, shape.rows, dtype=torch.long, device=device)
+        self._places_5R[SLOT], self._places_5R[COLUMN] = self._left_over
+        self.slot_R = torch.arange(shape.rows, device=device) if shape.standing else self._places_5R[SLOT]
+        self.column_R = self._places_5R[COLUMN]
         """Where each row's new token goes."""
-        self.position_R = self._places_4R[POSITION]
+        self.position_R = self._places_5R[POSITION]
+        self.adapter_R = self._places_5R[ADAPTER]
+        """Each row's place in the bank of adapters."""
 
     def visible(self) -> Tensor:
         """(R, K): which columns count."""
@@ -80,24 +83,26 @@ class GraphRows:
 
     def seated(self, state_R1D: Tensor) -> Tensor:
         """The batch's rows, in the graph's order."""
-        return state_R1D[self._places_4R[SLOT]] if self._shape.standing else state_R1D
+        return state_R1D[self._places_5R[SLOT]] if self._shape.standing else state_R1D
 
     def answers(self, out_R1D: Tensor) -> Tensor:
         """The graph's rows, the batch's first, in its order."""
-        return out_R1D[self._places_4R[ANSWER]] if self._shape.standing else out_R1D
+        return out_R1D[self._places_5R[ANSWER]] if self._shape.standing else out_R1D
 
     def place(self, plan: BatchPlan, positions_B1: Tensor | None) -> None:
         positions = plan.lengths if positions_B1 is None else positions_B1[:, 0].tolist()
         slot, column = self._left_over
         slots, columns = [slot] * self._shape.rows, [column] * self._shape.rows
         positions_of, answers = [0] * self._shape.rows, [0] * self._shape.rows
-        for row, (place, length, position) in enumerate(
-            zip(plan.slots, plan.lengths, positions, strict=True)
+        adapters = [BARE_PLACE] * self._shape.rows
+        for row, (place, length, position, adapter) in enumerate(
+            zip(plan.slots, plan.lengths, positions, plan.adapter_slots, strict=True)
         ):
             at = place if self._shape.standing else row
             slots[at] = row if self._shape.standing else place
             columns[at], positions_of[at], answers[row] = length, position, at
-        places_4R = torch.tensor([slots, columns, positions_of, answers])
-        if self._places_4R.is_cuda:
-            places_4R = places_4R.pin_memory()
-        self._places_4R.copy_(places_4R, non_blocking=True)
+            adapters[at] = adapter
+        places_5R = torch.tensor([slots, columns, positions_of, answers, adapters])
+        if self._places_5R.is_cuda:
+            places_5R = places_5R.pin_memory()
+        self._places_5R.copy_(places_5R, non_blocking=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from splitlearn.engine.adapter_bank import AdapterBank
 from splitlearn.engine.batch_plan import BatchPlan
 from splitlearn.engine.decode_graphs import DecodeGraphs
 from splitlearn.engine.kv_cache import KvCache, LayerShape
@@ -36,13 +37,23 @@ class Runner:
     """The trunk with its KV cache."""
 
     def __init__(
-        self, trunk: TrunkSegment, kv: KvCache, state: TrunkState, graphs: DecodeGraphs | None = None
+        self,
+        trunk: TrunkSegment,
+        kv: KvCache,
+        state: TrunkState,
+        bank: AdapterBank,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
+        self._bank = bank
         self._trunk = trunk
         self._graphs = graphs
         self._state = state
         self._kv = kv
         self._cache = SlotCache(kv, list(trunk.sliding_window))
+
+    def places(self, versions: Sequence[AdapterVersion]) -> tuple[int, ...]:
+        """The plan's places of these adapters in the bank; nothing where one adapter is bound for all."""
+        return self._bank.places(versions, even_one=self._graphs is not None)
 
     def run(
         self,
@@ -51,34 +62,39 @@ class Runner:
         positions_BT: Tensor | None,
         *,
         padded: bool,
-        adapter: AdapterVersion = BARE,
+        adapter: AdapterVersion | None = BARE,
         autocast: str = "",
     ) -> Ran:
         """Forward of the plan's rows, their keys and values written into their slots.
 
         `positions_BT` is None where each row's positions go on from its length; `padded` says
-        whether any row has tokens that may not be looked at.
+        whether any row has tokens that may not be looked at. `adapter` is that of all rows; None takes
+        each row's from the bank.
         """
-        self._state.set(adapter)
-        decoded = self._decode(plan, activation_BTD, positions_BT, adapter, autocast)
-        if decoded is not None and self._first_steps.proven:
+        decoded = self._decode(plan, activation_BTD, positions_BT, autocast)
+        if decoded is not None and self._first_steps(plan).proven:
             return decoded
-        ran = self._run_family(plan, activation_BTD, positions_BT, padded=padded, autocast=autocast)
+        self._state.set(adapter or BARE)
+        with contextlib.nullcontext() if adapter else self._bank.bound(self._on_device(plan.adapter_slots)):
+            ran = self._run_family(plan, activation_BTD, positions_BT, padded=padded, autocast=autocast)
         if decoded is not None:
-            self._first_steps.compare(decoded.activation_BTD, ran.activation_BTD)
+            self._first_steps(plan).compare(decoded.activation_BTD, ran.activation_BTD)
         return ran
+
+    def _on_device(self, places: tuple[int, ...]) -> Tensor:
+        return torch.tensor(places, device=self._trunk.device)
 
     def _decode(
         self,
         plan: BatchPlan,
         activation_BTD: Tensor,
         positions_BT: Tensor | None,
-        adapter: AdapterVersion,
         autocast: str,
     ) -> Ran | None:
         """The plan's rows at a fixed shape; None where they do not fit one."""
-        if self._graphs is None or not self._graphs.take(plan, adapter, autocast):
+        if self._graphs is None or not self._graphs.take(plan, autocast):
             return None
+        self._state.set(BARE)
         with torch.inference_mode(), timed(self._trunk.device) as clock:
             out_BTD = self._graphs.run(plan, activation_BTD, positions_BT)
         return None if out_BTD is None else Ran(out_BTD, clock.us)
@@ -135,10 +151,9 @@ class Runner:
         )
         return out_BTD
 
-    @property
-    def _first_steps(self) -> FirstSteps:
+    def _first_steps(self, plan: BatchPlan) -> FirstSteps:
         assert self._graphs is not None, "a step was taken at a fixed shape"
-        return self._graphs.first_steps
+        return self._graphs.first_steps_of(plan)
 
     @contextlib.contextmanager
     def _ready(self, autocast: str) -> Iterator[None]:

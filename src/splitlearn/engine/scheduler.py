@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
 from splitlearn.config import BatchingConfig
-from splitlearn.engine.batcher import Batcher
+from splitlearn.engine.batcher import Batcher, Mixes, no_adapter_mixes
 from splitlearn.engine.ready_step import Ready, ReadyStep, Work
 from splitlearn.engine.waiting_line import WaitingLine
 
@@ -41,8 +41,8 @@ class Scheduler:
     of pieces of prompts, or one training step. Among steps of one kind clients go in rounds.
     """
 
-    def __init__(self, config: BatchingConfig, *, batched: bool) -> None:
-        self._batcher = Batcher(config, batched=batched)
+    def __init__(self, config: BatchingConfig, *, batched: bool, mixes: Mixes = no_adapter_mixes) -> None:
+        self._batcher = Batcher(config, batched=batched, mixes=mixes)
         self._decode = Share(config.decode_share)
         self._training = Share(config.training_share)
         self._lines = {work: WaitingLine() for work in Work}

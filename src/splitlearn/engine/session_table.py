@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from splitlearn.config import SessionConfig
 from splitlearn.engine.answer_window import AnswerWindow
@@ -55,6 +55,10 @@ class SessionTable:
 
     def __len__(self) -> int:
         return len(self._sessions)
+
+    def adapters(self) -> Iterator[AdapterVersion]:
+        """What each session generates with."""
+        return (session.adapter for session in self._sessions.values())
 
     def enter(self, client: bytes, message: StepMessage, now: float) -> Session:
         """The session that this step belongs to, opened if the step says so, its lease renewed.

@@ -18,6 +18,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import Tensor, nn
 
 from splitlearn.errors import AdapterError
+from splitlearn.model.lora_bank import PlainLora, plain_loras
 from splitlearn.vocabulary import LoraSettings
 
 ADAPTER = "default"
@@ -222,8 +223,16 @@ class LoraSlots:
         self._model = model
         self._layers: list[LoraLayer] = []
         self._places: dict[str, dict[str, tuple[nn.Module, str]]] = {}
+        self._plain: dict[str, dict[str, PlainLora] | None] = {}
         self._active: str | None = None
         self._bound: Mapping[str, Tensor] | None = None
+
+    def __contains__(self, slot: object) -> bool:
+        return slot in self._places
+
+    def plain(self, slot: str) -> dict[str, PlainLora] | None:
+        """An adapter's layers by their names; None where it is gone, or more than plain LoRA."""
+        return self._plain.get(slot)
 
     def add(self, slot: str, settings: LoraSettings, seed: int) -> dict[str, Tensor]:
         """Make room for an adapter; its first weights in float32, by name.
@@ -234,6 +243,7 @@ class LoraSlots:
         add_lora(self._model, settings, slot, seed)
         self._layers = lora_layers(self._model)
         self._places[slot] = dict(_places(self._model, slot))
+        self._plain[slot] = plain_loras(self._model, slot)
         weights = {name: owner._parameters[key] for name, (owner, key) in self._places[slot].items()}
         self._activate(None)
         return {
@@ -244,7 +254,7 @@ class LoraSlots:
 
     def remove(self, slot: str) -> None:
         """Free an adapter's layers; versions of its weights that are still held stay what they are."""
-        del self._places[slot]
+        del self._places[slot], self._plain[slot]
         remove_lora(self._model, slot)
         self._activate(None)
 

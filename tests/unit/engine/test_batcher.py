@@ -7,13 +7,21 @@ from splitlearn.engine.batcher import Batcher
 from splitlearn.engine.ready_step import ReadyStep
 from splitlearn.engine.session import Session
 from splitlearn.engine.step import Step
+from splitlearn.engine.trunk_state import BARE, AdapterVersion
 from splitlearn.vocabulary import Precision, StepKey
 from splitlearn.wire.messages import StepMessage
 
 
-def ready(tokens: int = 1, rows: int = 1, *, session: bool = True, autocast: str = "") -> ReadyStep:
+def ready(
+    tokens: int = 1,
+    rows: int = 1,
+    *,
+    session: bool = True,
+    autocast: str = "",
+    adapter: AdapterVersion = BARE,
+) -> ReadyStep:
     step = Step(b"", StepMessage(StepKey(session=1, step=1), torch.zeros(rows, tokens, 4)))
-    owner = Session((b"", 1), 0, Precision(autocast=autocast), tuple(range(rows)), 0.0)
+    owner = Session((b"", 1), 0, Precision(autocast=autocast), tuple(range(rows)), 0.0, adapter=adapter)
     return ReadyStep(step, owner if session else None)
 
 
@@ -52,3 +60,13 @@ def test_families_that_are_not_proven_in_a_batch_run_one_by_one():
 def test_precisions_are_not_mixed():
     first, second, third = ready(), ready(autocast="bfloat16"), ready()
     assert choose(first, second, third) == [first, third]
+
+
+def test_adapters_are_mixed_where_both_may_be():
+    banked, also, apart = (AdapterVersion(name) for name in ("banked", "also", "apart"))
+    batcher = Batcher(BatchingConfig(), batched=True, mixes=lambda adapter: adapter is not apart)
+    bare, first, second, third, fourth = (ready(adapter=each) for each in (BARE, banked, also, apart, apart))
+    waiting = [bare, first, second, third, fourth]
+    assert batcher.choose(first, waiting) == [first, bare, second]
+    assert batcher.choose(third, waiting) == [third, fourth]
+    assert choose(*waiting) == [bare], "unless told so, none is mixed"
