@@ -10,8 +10,10 @@ from splitlearn.engine.ready_step import ReadyStep
 from splitlearn.engine.session import Session
 
 REMEMBERED_BATCHES = 3
+BATCHES_AWAY = 2
+"""After so many batches' time nobody is expected any more."""
 SLACK = 1.5
-"""How much longer than the last time a session may take before nobody expects it."""
+"""How much longer than the last time a session may take before it is given up."""
 
 
 class Away(NamedTuple):
@@ -43,14 +45,6 @@ class Company:
         self._took_s: deque[float] = deque(maxlen=REMEMBERED_BATCHES)
         self._away: dict[Session, Away] = {}
 
-    @property
-    def patience_s(self) -> float:
-        """After so long nobody is expected."""
-        if self._told_s is not None:
-            return self._told_s
-        # The least: a batch that stalled, or was compiled first, is not to make everybody wait.
-        return min(self._took_s, default=0.0)
-
     def came(self, member: ReadyStep) -> None:
         """A session's next step is here."""
         if member.session is not None:
@@ -60,30 +54,37 @@ class Company:
     def ran(self, batch: Iterable[ReadyStep], began: float, now: float) -> None:
         """A batch of decode steps is answered."""
         self._took_s.append(now - began)
-        patience_s = self.patience_s
-        self._away = {session: away for session, away in self._away.items() if now < away.since + patience_s}
+        limit_s = self._limit_s
+        self._away = {session: away for session, away in self._away.items() if now < away.since + limit_s}
         for member in batch:
             if member.session is not None:
                 self._away[member.session] = Away(now, member.pause_s)
 
     def awaited(self, now: float, ready: int) -> Awaited | None:
         """Whom the `ready` steps are to wait for; None where nobody is worth it."""
-        due = sorted(at for away in self._away.values() if (at := self._due(away)) is not None and now < at)
-        if not due:
-            return None
+        limit_s = self._limit_s
+        known = [(away.since, away.pause_s) for away in self._away.values() if away.pause_s is not None]
+        away = [(since, pause_s) for since, pause_s in known if pause_s < limit_s]
         if self._told_s is not None:
-            return Awaited(len(due), due[-1] - now)
-        took_s = self.patience_s
-        saved_s = [
-            sessions * took_s - (at - now) * (ready + sessions) for sessions, at in enumerate(due, start=1)
-        ]
-        most = max(saved_s)
-        sessions = saved_s.index(most) + 1
-        return Awaited(sessions, due[sessions - 1] - now) if most > 0 else None
+            until = [since + self._told_s for since, _ in away if now < since + self._told_s]
+            return Awaited(len(until), max(until) - now) if until else None
+        expected = [(since + pause_s, since + SLACK * pause_s) for since, pause_s in away]
+        return self._worth_most(sorted(each for each in expected if now < each[1]), now, ready)
 
-    def _due(self, away: Away) -> float | None:
-        """When its next step is here at the latest; None where it is not expected soon."""
-        patience_s = self.patience_s
-        if away.pause_s is None or away.pause_s >= patience_s:
-            return None
-        return away.since + (patience_s if self._told_s is not None else SLACK * away.pause_s)
+    def _worth_most(self, expected: list[tuple[float, float]], now: float, ready: int) -> Awaited | None:
+        """Of sessions by when they are expected and when they are given up, the first ones that save most."""
+        most_s, found = 0.0, None
+        for sessions, (at, until) in enumerate(expected, start=1):
+            cost_s = max(at - now, 0.0) * (ready + sessions)
+            if (saved_s := sessions * self._batch_s - cost_s) > most_s:
+                most_s, found = saved_s, Awaited(sessions, until - now)
+        return found
+
+    @property
+    def _batch_s(self) -> float:
+        # The least: a batch that stalled, or was compiled first, is not to make everybody wait.
+        return min(self._took_s, default=0.0)
+
+    @property
+    def _limit_s(self) -> float:
+        return BATCHES_AWAY * self._batch_s if self._told_s is None else self._told_s

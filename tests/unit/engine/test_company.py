@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from splitlearn.engine.company import SLACK, Company
+from splitlearn.engine.company import BATCHES_AWAY, SLACK, Company
 from splitlearn.engine.ready_step import ReadyStep
 from splitlearn.engine.session import Session
 from splitlearn.engine.step import Step
@@ -12,7 +12,7 @@ from splitlearn.wire.messages import StepMessage
 
 BATCH_S = 8.0
 SOON_S = BATCH_S / 8
-LATE_S = BATCH_S
+LATE_S = BATCHES_AWAY * BATCH_S
 
 
 class Times:
@@ -72,7 +72,7 @@ def test_a_session_that_does_not_come_is_given_up(times):
 @pytest.mark.parametrize(("ready", "awaited"), [(1, 1), (2, 1), (4, 0), (40, 0)])
 def test_nobody_is_awaited_where_that_costs_more_than_it_saves(times, ready, awaited):
     """One session, due in a quarter of a batch, is saved a batch; it and each that is ready pay a quarter."""
-    times.rounds(session(1), pause_s=BATCH_S / 4 / SLACK)
+    times.rounds(session(1), pause_s=BATCH_S / 4)
     assert times.awaited(ready=ready) == awaited
 
 
