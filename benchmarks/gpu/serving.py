@@ -157,6 +157,7 @@ class Counts:
     recorded: int
     shared: int
     ragged: int
+    mixed: int
 
     def since(self, before: Counts) -> Counts:
         return Counts(*(getattr(self, name) - getattr(before, name) for name in self.__slots__))

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.gpu
 
 FAMILIES = ["llama", "gemma3_text", "gpt2", "gpt_oss", "deepseek_v3", "bloom"]
 CLOSE = 1e-4
+RECORDED = ("llama", "gpt2")
 
 
 @pytest.fixture(scope="module", params=["off", "default"])
@@ -50,6 +51,19 @@ def test_sessions_in_one_batch_on_a_gpu_give_what_each_gives_alone(
     assert found.relative <= CLOSE
     if pair.engine.trunk.batched:
         assert found.ragged >= len(DECODES), "the sessions did not meet"
+
+
+def test_where_it_is_asked_for_decode_steps_are_recorded(pair: Pair, compile: str) -> None:
+    ALONE["greedy"](pair)
+    if compile == "off":
+        assert pair.engine.graphs is pair.split.decode_graphs is None
+    elif pair.split.config.model_type in RECORDED:
+        assert pair.engine.graphs.recorded
+        assert pair.engine.graphs.first_steps.proven
+        assert pair.split.decode_graphs.steps
+        assert pair.split.decode_graphs.first_steps.proven
+        failed = [side.first_steps.failed for side in (pair.engine.graphs, pair.split.decode_graphs)]
+        assert failed == [False, False]
 
 
 def test_an_offloaded_cache_is_refused_before_it_goes_wrong(pair: Pair) -> None:

@@ -1,10 +1,13 @@
 """Decode steps at fixed shapes, on both sides of the cut, give the whole model's texts."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
+import torch
 from transformers import DynamicCache
 
+from splitlearn.model.looks import CannotBeRecorded, NoLooks
 from splitlearn.testing.pair import Pair, lively_model, served_pair
 from splitlearn.testing.parity import ALONE, BATCHED
 from splitlearn.testing.tiny import PROVEN
@@ -12,6 +15,8 @@ from splitlearn.testing.tiny import PROVEN
 CLOSE = 5e-5
 """These models are lively: the whole one is 5e-6 from itself in float64; what the bottom rounds grows on."""
 CHECKS = ALONE | BATCHED
+LOOK = ("falcon",)
+"""Families that index with a list, which is brought from the host: on a GPU their steps are their own."""
 NAMES = ("beams", "prompt_lookup", "batched_logits")
 
 
@@ -37,6 +42,18 @@ def test_at_fixed_shapes_the_split_model_is_the_whole_model(pair: Pair, name: st
     assert not theirs.first_steps.failed
     assert not ours.first_steps.failed
     assert (ours.steps > before) != _slides(pair)
+
+
+def test_what_is_recorded_on_a_gpu_looks_at_no_value(pair: Pair) -> None:
+    CHECKS["batched_logits"](pair)
+    ours, theirs = pair.split.decode_graphs, pair.engine.graphs
+    looks = pair.split.config.model_type in LOOK
+    with pytest.raises(CannotBeRecorded) if looks else nullcontext(), NoLooks(), torch.inference_mode():
+        for graph in theirs._graphs.values():
+            graph._step()
+        with ours._context.standing_in(lambda hidden_B1D: hidden_B1D):
+            for graph in ours._graphs.values():
+                graph._step()
 
 
 def _slides(pair: Pair) -> bool:

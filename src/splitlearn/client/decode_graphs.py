@@ -24,6 +24,7 @@ from splitlearn.client.recorded_step import Across, Recorded
 from splitlearn.model.compiled_decode import CompiledDecode
 from splitlearn.model.decode_attention import attending_to_one_token
 from splitlearn.model.first_steps import FirstSteps
+from splitlearn.model.looks import NoLooks
 from splitlearn.model.masks import ragged
 from splitlearn.model.skeleton import decoder_of, layers_of
 from splitlearn.model.static_layer import FEWEST_COLUMNS, StaticLayer, bucket
@@ -31,7 +32,7 @@ from splitlearn.model.static_layer import FEWEST_COLUMNS, StaticLayer, bucket
 # B rows   T 1   D hidden   V vocabulary   K columns   L tokens with the new one
 
 log = structlog.get_logger("splitlearn.client")
-WARM_UP = 2
+WARM_UP = 1
 GRAPHS_KEPT = 8
 TAKEN = frozenset({"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"})
 IGNORED = frozenset({"return_dict", "logits_to_keep"})
@@ -253,7 +254,11 @@ class DecodeGraph:
         return self._recorded.run(across)
 
     def _step(self) -> Any:
-        with ragged(self._column_B[:, None], self._visible_BK), self._compiled.in_place():
+        with self._compiled.in_place():
+            return self._plain_step()
+
+    def _plain_step(self) -> Any:
+        with ragged(self._column_B[:, None], self._visible_BK):
             return self._family_step(
                 input_ids=self._ids_B1,
                 position_ids=self._position_B1,
@@ -262,12 +267,14 @@ class DecodeGraph:
             )
 
     def _record(self) -> Recorded:
-        """Raises where the family's forward does what cannot be recorded, like a look at a value."""
+        """Raises CannotBeRecorded where the family's forward looks at a value."""
         beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
-            for _ in range(WARM_UP):
-                with self._context.standing_in(lambda hidden_B1D: hidden_B1D):
+            with self._context.standing_in(lambda hidden_B1D: hidden_B1D):
+                with NoLooks():
+                    self._plain_step()
+                for _ in range(WARM_UP):
                     self._step()
             torch.cuda.current_stream().synchronize()
             recorded = Recorded(self._step, self._context.standing_in)

@@ -23,6 +23,7 @@ from splitlearn.engine.kv_cache import KvCache
 from splitlearn.model.compiled_decode import CompiledDecode
 from splitlearn.model.decode_attention import attending_to_one_token
 from splitlearn.model.first_steps import FirstSteps
+from splitlearn.model.looks import NoLooks
 from splitlearn.model.masks import ragged
 from splitlearn.model.segments import TrunkSegment
 from splitlearn.model.static_layer import StaticLayer
@@ -30,7 +31,7 @@ from splitlearn.model.static_layer import StaticLayer
 # R rows of a graph   B rows of a batch   D hidden
 
 log = structlog.get_logger("splitlearn.engine")
-WARM_UP = 2
+WARM_UP = 1
 MEMORY_BYTES = 4 << 30
 """What all graphs may take of the device."""
 
@@ -190,12 +191,15 @@ class DecodeGraph:
         return out_R1D[:rows].cpu()
 
     def _step(self) -> Tensor:
+        with self._compiled.in_place() if self._compiled else contextlib.nullcontext():
+            return self._plain_step()
+
+    def _plain_step(self) -> Tensor:
         rows, trunk = self._rows, self._trunk
         with (
             ragged(rows.column_R[:, None], rows.visible()),
             attending_to_one_token(trunk.causal_lm),
             self._bank.bound(rows.adapter_R) if self._bank else contextlib.nullcontext(),
-            self._compiled.in_place() if self._compiled else contextlib.nullcontext(),
         ):
             out_R1D = trunk(
                 rows.seated(self._state_R1D),
@@ -205,11 +209,13 @@ class DecodeGraph:
         return rows.answers(out_R1D)
 
     def _record(self, pool: Any) -> Callable[[], Tensor]:
-        """Raises where the family's forward does what cannot be recorded, like a look at a value."""
+        """Raises CannotBeRecorded where the family's forward looks at a value."""
         device = self._trunk.device
         beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         beside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(beside):
+            with NoLooks():
+                self._plain_step()
             for _ in range(WARM_UP):
                 self._step()
         torch.cuda.current_stream(device).wait_stream(beside)

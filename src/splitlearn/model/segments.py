@@ -185,7 +185,9 @@ class TrunkSegment(nn.Module):
         self.config: PreTrainedConfig = causal_lm.config
         self.entrance = Entrance()
         decoder = decoder_of(causal_lm)
-        if self.attention in FORMS:
+        # Asked once: while a decode step runs, its layers attend by another name.
+        self._has_masks = self.attention in FORMS
+        if self._has_masks:
             decoder.config = with_slot_masks(self.config)
         _enter_at(next(iter(layers_of(decoder))), self.entrance)
         self._takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
@@ -208,7 +210,7 @@ class TrunkSegment(nn.Module):
         past_key_values: Cache | None = None,
     ) -> Tensor:
         """`attention_mask` is the family's 2-D mask; rows of a `ragged` batch go without it."""
-        if self.attention not in FORMS and attention_mask is None:
+        if not self._has_masks and attention_mask is None:
             refuse_packed(position_ids, self.attention)
         positions = {"position_ids": position_ids} if self._takes_positions else {}
         self.entrance.hidden_BTD = hidden_BTD
