@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from _common import markdown, serving, write
+from _common import RESULTS, markdown, serving, write
 
 from splitlearn.bench.machine import circumstances
+from splitlearn.bench.picture import draw
 from splitlearn.bench.texts import TextFigures, Texts, write_texts, writers
 from splitlearn.cli.demo_model import bundled_model
 
@@ -54,7 +55,9 @@ def main() -> None:
     table = markdown(HEADER, [cells(each) for each in figures])
     table += f"\n\nProcesses that wanted a processor in the last minute: {busy}."
     table += f"\n{PETALS}"
-    write("decode_sessions", {"rows": [asdict(each) for each in figures], "busy": busy}, table)
+    report = {"rows": [asdict(each) for each in figures], "busy": busy}
+    write("decode_sessions", report, table)
+    draw({"question": "decode", "model": folder} | report, RESULTS / "decode_sessions.png")
 
 
 if __name__ == "__main__":
