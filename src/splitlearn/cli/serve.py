@@ -63,7 +63,7 @@ def serve(
         BatchingConfig, "max_batch_rows"
     ),
     wait_ms: Annotated[
-        float | None, setting(BatchingConfig, "wait_ms", min=0, show_default="half a batch's time")
+        float | None, setting(BatchingConfig, "wait_ms", min=0, show_default="as long as it pays")
     ] = None,
     lease: Annotated[float, setting(SessionConfig, "lease_s", "--lease", metavar="SECONDS")] = default_of(
         SessionConfig, "lease_s"

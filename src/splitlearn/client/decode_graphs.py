@@ -10,6 +10,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import structlog
@@ -82,7 +83,9 @@ class ClientGraphs:
         if self.first_steps.failed or not _is_decode_step(asked) or not self._lock.acquire(blocking=False):
             return None
         try:
-            return self._step(asked)
+            # What a graph stands on outlives the call: it is no inference tensor, whatever the caller's mode.
+            with torch.inference_mode(False), torch.no_grad(), _on(asked["input_ids"].device):
+                return self._step(asked)
         finally:
             self._lock.release()
 
@@ -102,16 +105,11 @@ class ClientGraphs:
         graph.place(ids_B1, lease.length, call)
         # Counted before the trunk has it, as in the family's own forward: a call that fails tears the cache.
         lease.length += 1
-        received: list[Tensor] = []
-
-        def across(hidden_B1D: Tensor) -> Tensor:
-            received.append(self._exchange(hidden_B1D, call))
-            return received[0]
-
-        answer = graph.run(across)
         self.steps += 1
-        if before is not None:
-            return self._prove(answer, asked | {"past_key_values": before}, received[0], cache)
+        if before is None:
+            answer = graph.run(lambda hidden_B1D: self._exchange(hidden_B1D, call))
+        else:
+            answer = self._proven_step(graph, lease, call, asked | {"past_key_values": before})
         answer["past_key_values"] = cache
         return answer
 
@@ -183,12 +181,29 @@ class ClientGraphs:
             own.keys, own.values = layer.keys.clone(), layer.values.clone()
         return copied
 
-    def _prove(self, answer: Any, asked: dict[str, Any], state_B1D: Tensor, cache: Cache) -> Any:
-        """Compare the first steps with the family's own; what that gave is the answer."""
-        with self._context.standing_in(lambda hidden_B1D: state_B1D):
+    def _proven_step(self, graph: DecodeGraph, lease: Lease, call: Call, asked: dict[str, Any]) -> Any:
+        """The family's own step, on a copy of the cache, and the graph's compared with it.
+
+        What the trunk is sent, what the answer is and what the cache keeps are the family's.
+        """
+        hidden: list[Tensor] = []
+        received: list[Tensor] = []
+
+        def across(hidden_B1D: Tensor) -> Tensor:
+            hidden.append(hidden_B1D)
+            received.append(self._exchange(hidden_B1D, call))
+            return received[0]
+
+        def note(hidden_B1D: Tensor) -> Tensor:
+            hidden.append(hidden_B1D.clone())
+            return received[0]
+
+        with self._context.standing_in(across):
             expected = self._forward(**asked)
-        self.first_steps.compare(answer["logits"], expected["logits"])
-        expected["past_key_values"] = cache
+        found = graph.run(note)
+        theirs_B1D, ours_B1D = hidden
+        self.first_steps.compare((ours_B1D, theirs_B1D), (found["logits"], expected["logits"]))
+        lease.keep(asked["past_key_values"])
         return expected
 
 
@@ -280,6 +295,11 @@ class DecodeGraph:
             recorded = Recorded(self._step, self._context.standing_in)
         torch.cuda.current_stream().wait_stream(beside)
         return recorded
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Streams and graphs are those of the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _fits(mask_BL: Tensor | None, rows: int, length: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 # B rows   H key/value heads   L tokens held   K columns   E head size
@@ -19,6 +20,13 @@ class Lease:
     def __init__(self, held: Held, length: int) -> None:
         self.held = held
         self.length = length
+
+    def keep(self, cache: Cache) -> None:
+        """Make what is held what this cache holds."""
+        for index, held in self.held.items():
+            layer = cache.layers[index]
+            for target_BHKE, source_BHLE in zip(held, (layer.keys, layer.values), strict=True):
+                target_BHKE[:, :, : self.length].copy_(source_BHLE)
 
 
 class LeasedLayer(DynamicLayer):

@@ -99,8 +99,9 @@ def write(saved: SavedSession, path: Path, trunk: range) -> None:
         sync(unfinished)
         unfinished.rename(path)
         sync(path.parent)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path} cannot be written: {why}") from None
     finally:
         unfinished.unlink(missing_ok=True)
 

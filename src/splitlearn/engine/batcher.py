@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from splitlearn.config import BatchingConfig
 from splitlearn.engine.ready_step import ReadyStep
+from splitlearn.engine.session import Session
 from splitlearn.engine.trunk_state import AdapterVersion
 
 Mixes = Callable[[AdapterVersion], bool]
@@ -45,6 +46,15 @@ class Batcher:
         """Whether a further step of a row would fit beside those that wait."""
         return self._batched and sum(each.rows for each in waiting) < self._config.max_batch_rows
 
+    def joins(self, session: Session, waiting: ReadyStep) -> bool:
+        """Whether the session's next step, of as many tokens, could run beside this one."""
+        theirs = waiting.session
+        return (
+            theirs is not None
+            and session.precision.autocast == theirs.precision.autocast
+            and self._mix(session.adapter, theirs.adapter)
+        )
+
     def _seated(self, everybody: list[ReadyStep]) -> list[ReadyStep]:
         first, *company = _in_turn(everybody)
         batch, rows = [first], first.rows
@@ -59,14 +69,8 @@ class Batcher:
         return rows <= config.max_batch_rows and rows * tokens <= config.max_batch_tokens
 
     def _go_together(self, first: ReadyStep, other: ReadyStep) -> bool:
-        mine, others = first.session, other.session
-        return (
-            mine is not None
-            and others is not None
-            and first.tokens == other.tokens
-            and mine.precision.autocast == others.precision.autocast
-            and self._mix(mine.adapter, others.adapter)
-        )
+        mine = first.session
+        return mine is not None and first.tokens == other.tokens and self.joins(mine, other)
 
     def _mix(self, mine: AdapterVersion, others: AdapterVersion) -> bool:
         return mine is others or (self._mixes(mine) and self._mixes(others))

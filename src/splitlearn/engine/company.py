@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from splitlearn.engine.ready_step import ReadyStep
@@ -60,15 +60,21 @@ class Company:
             if member.session is not None:
                 self._away[member.session] = Away(now, member.pause_s)
 
-    def awaited(self, now: float, ready: int) -> Awaited | None:
-        """Whom the `ready` steps are to wait for; None where nobody is worth it."""
+    def awaited(self, now: float, ready: int, joins: Callable[[Session], bool]) -> Awaited | None:
+        """Whom the `ready` steps are to wait for; None where nobody is worth it.
+
+        `joins` says of a session whether its steps can run in one batch with them.
+        """
         limit_s = self._limit_s
-        known = [(away.since, away.pause_s) for away in self._away.values() if away.pause_s is not None]
-        away = [(since, pause_s) for since, pause_s in known if pause_s < limit_s]
+        quick = [
+            (away.since, away.pause_s)
+            for session, away in self._away.items()
+            if away.pause_s is not None and away.pause_s < limit_s and joins(session)
+        ]
         if self._told_s is not None:
-            until = [since + self._told_s for since, _ in away if now < since + self._told_s]
+            until = [since + self._told_s for since, _ in quick if now < since + self._told_s]
             return Awaited(len(until), max(until) - now) if until else None
-        expected = [(since + pause_s, since + SLACK * pause_s) for since, pause_s in away]
+        expected = [(since + pause_s, since + SLACK * pause_s) for since, pause_s in quick]
         return self._worth_most(sorted(each for each in expected if now < each[1]), now, ready)
 
     def _worth_most(self, expected: list[tuple[float, float]], now: float, ready: int) -> Awaited | None:

@@ -23,7 +23,7 @@ from splitlearn.engine.kv_cache import KvCache
 from splitlearn.model.compiled_decode import CompiledDecode
 from splitlearn.model.decode_attention import attending_to_one_token
 from splitlearn.model.first_steps import FirstSteps
-from splitlearn.model.looks import NoLooks
+from splitlearn.model.looks import CannotBeRecorded, NoLooks
 from splitlearn.model.masks import ragged
 from splitlearn.model.segments import TrunkSegment
 from splitlearn.model.static_layer import StaticLayer
@@ -34,6 +34,8 @@ log = structlog.get_logger("splitlearn.engine")
 WARM_UP = 1
 MEMORY_BYTES = 4 << 30
 """What all graphs may take of the device."""
+HEADROOM_BYTES = 1 << 30
+"""What they leave free there: a recording that finds no memory cannot be taken back."""
 
 
 class DecodeGraphs:
@@ -69,6 +71,7 @@ class DecodeGraphs:
         self.recorded = 0
         """How many graphs were made: in steady state this number stands still."""
         self._taken_bytes = 0
+        self._is_full = False
 
     def prepare(self) -> None:
         """Record every shape that a batch may have, so that no session waits for one.
@@ -85,7 +88,7 @@ class DecodeGraphs:
         except Exception as error:
             self.first_steps.give_up(error)
         seconds = round(time.monotonic() - started, 1)
-        log.info("decode graphs recorded", graphs=self.recorded, bytes=self._taken_bytes, seconds=seconds)
+        log.info("decode graphs recorded", graphs=len(self._graphs), bytes=self._taken_bytes, seconds=seconds)
 
     def first_steps_of(self, plan: BatchPlan) -> FirstSteps:
         return self.banked_first_steps if plan.has_adapters else self.first_steps
@@ -110,12 +113,16 @@ class DecodeGraphs:
         """None where the graphs have all the memory that they may have."""
         graphs = self._over_the_bank() if banked else self._graphs
         graph = graphs.get(shape)
-        if graph is None and self._taken_bytes < MEMORY_BYTES:
+        if graph is None and not self._is_full:
             before = self._free_bytes()
             graph = graphs[shape] = self._new_graph(shape, self._bank if banked else None)
             self.recorded += 1
-            self._taken_bytes += max(before - self._free_bytes(), 0)
-            if self._taken_bytes >= MEMORY_BYTES:
+            free = self._free_bytes()
+            self._taken_bytes += max(before - free, 0)
+            self._is_full = self._pool is not None and (
+                self._taken_bytes >= MEMORY_BYTES or free < HEADROOM_BYTES
+            )
+            if self._is_full:
                 log.warning(
                     "decode graphs have all the memory they may have: other shapes run kernel by kernel",
                     graphs=self.recorded,
@@ -138,6 +145,8 @@ class DecodeGraphs:
 
         try:
             return new_graph()
+        except CannotBeRecorded:
+            raise
         except Exception as error:
             if not compiled:
                 raise
@@ -181,7 +190,12 @@ class DecodeGraph:
             if compiled
             else None
         )
-        self._replay: Callable[[], Tensor] = self._record(pool) if device.type == "cuda" else self._step
+        self._replay: Callable[[], Tensor] = self._step
+        if device.type == "cuda":
+            self._replay = self._record(pool)
+        elif compiled:
+            # Compiled now, where a failure has somebody to deal with it.
+            self._step()
 
     def run(self, plan: BatchPlan, activation_B1D: Tensor, positions_B1: Tensor | None) -> Tensor:
         rows = len(plan.slots)
@@ -220,9 +234,13 @@ class DecodeGraph:
                 self._step()
         torch.cuda.current_stream(device).wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
-        # Other threads go on copying answers meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            out_R1D = self._step()
+        recording = torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
+        try:
+            # Other threads go on copying answers meanwhile. A recording that fails leaves its stream current.
+            with torch.cuda.stream(torch.cuda.current_stream(device)), recording:
+                out_R1D = self._step()
+        except Exception as error:
+            raise CannotBeRecorded(f"the recording failed: {error}") from error
 
         def replay() -> Tensor:
             graph.replay()

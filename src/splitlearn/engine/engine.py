@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import structlog
+import torch
 
 from splitlearn.config import BatchingConfig, CompileMode, RunConfig, SessionConfig
 from splitlearn.engine.adapter_bank import AdapterBank
@@ -154,6 +155,9 @@ class Engine:
 
     def _loop(self) -> None:
         try:
+            if self.trunk.device.type == "cuda":
+                # Streams and graphs are those of the thread's current device.
+                torch.cuda.set_device(self.trunk.device)
             if self.graphs is not None:
                 self.graphs.prepare()
             self._is_ready.set()
@@ -204,7 +208,8 @@ class Engine:
 
     def _wait_for_company(self) -> None:
         while self._ready.has_room_for_company and not self._stopping.is_set():
-            if (awaited := self._company.awaited(time.monotonic(), len(self._ready))) is None:
+            now, ready = time.monotonic(), self._ready
+            if (awaited := self._company.awaited(now, len(ready), ready.joins)) is None:
                 return
             self._queue.wait(awaited.within_s, awaited.sessions)
             self._accept()

@@ -12,13 +12,10 @@ from torch import Tensor
 
 from splitlearn.engine.run import Run
 from splitlearn.engine.session import Session
-from splitlearn.engine.step import Step
+from splitlearn.engine.step import DECODE_TOKENS, Step
 from splitlearn.wire.messages import RunStepMessage, StepMessage
 
 # B rows   T new tokens   D hidden
-
-DECODE_TOKENS = 32
-"""A session's step of at most so many tokens takes about as long as one of a single token."""
 
 
 class Work(Enum):

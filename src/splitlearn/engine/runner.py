@@ -78,7 +78,7 @@ class Runner:
         with contextlib.nullcontext() if adapter else self._bank.bound(self._on_device(plan.adapter_slots)):
             ran = self._run_family(plan, activation_BTD, positions_BT, padded=padded, autocast=autocast)
         if decoded is not None:
-            self._first_steps(plan).compare(decoded.activation_BTD, ran.activation_BTD)
+            self._first_steps(plan).compare((decoded.activation_BTD, ran.activation_BTD))
         return ran
 
     def _on_device(self, places: tuple[int, ...]) -> Tensor:

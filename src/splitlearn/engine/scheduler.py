@@ -8,6 +8,7 @@ from itertools import chain
 from splitlearn.config import BatchingConfig
 from splitlearn.engine.batcher import Batcher, Mixes, no_adapter_mixes
 from splitlearn.engine.ready_step import Ready, ReadyStep, Work
+from splitlearn.engine.session import Session
 from splitlearn.engine.waiting_line import WaitingLine
 
 NEARLY_ONE = 1 - 1e-9
@@ -61,6 +62,10 @@ class Scheduler:
         """Whether nothing but decode steps waits, and a batch takes further ones."""
         decode = self._lines[Work.DECODE]
         return len(self) == len(decode) and self._batcher.has_room(_sessions_steps(decode))
+
+    def joins(self, session: Session) -> bool:
+        """Whether a step of this session could run in one batch with the decode steps that wait."""
+        return all(self._batcher.joins(session, each) for each in _sessions_steps(self._lines[Work.DECODE]))
 
     def next_batch(self) -> Sequence[Ready]:
         """Taken out of what waits, which must be something; a training step is a batch of its own."""

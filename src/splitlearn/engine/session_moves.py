@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import xxhash
 
@@ -161,9 +162,21 @@ class SessionMoves:
 
 
 def digest_of(adapter: AdapterVersion) -> int:
-    """Tells an adapter's weights from others of the same name and version; 0 is no adapter."""
+    """Tells an adapter's weights from others of the same name and version; 0 is no adapter.
+
+    Worked out once a version: it reads all weights, on the engine's thread.
+    """
     if not adapter.name:
         return 0
+    if adapter not in _digests:
+        _digests[adapter] = _digest_of_weights(adapter)
+    return _digests[adapter]
+
+
+_digests: WeakKeyDictionary[AdapterVersion, int] = WeakKeyDictionary()
+
+
+def _digest_of_weights(adapter: AdapterVersion) -> int:
     total, raw = xxhash.xxh3_64(), RawCodec()
     for name, weight in sorted(adapter.weights.items()):
         total.update(f"{name} {dtype_name(weight.dtype)} {list(weight.shape)}\n".encode())

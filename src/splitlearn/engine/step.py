@@ -11,6 +11,8 @@ from typing import Generic, TypeVar
 from splitlearn.errors import SplitLearnError
 from splitlearn.wire.messages import AnswerMessage, RunStepMessage, StepMessage
 
+DECODE_TOKENS = 32
+"""A session's step of at most so many tokens takes about as long as one of a single token."""
 Message = TypeVar("Message", StepMessage, RunStepMessage)
 
 
@@ -35,6 +37,11 @@ class Step(Generic[Message]):
 
     def fail(self, error: SplitLearnError) -> None:
         self.answer(AnswerMessage(self.message.key, error=error))
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it is a session's, and takes about as long as a step of a single token."""
+        return isinstance(self.message, StepMessage) and self.message.tokens <= DECODE_TOKENS
 
     @property
     def deadline(self) -> float:

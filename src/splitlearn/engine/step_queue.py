@@ -21,14 +21,15 @@ class StepQueue:
         self._changed = threading.Condition()
         self._waiting: list[Step[Any] | Request] = []
         self._wanted = 1
-        self._is_shut = False
+        self._is_urgent = self._is_shut = False
 
     def put(self, item: Step[Any] | Request) -> bool:
         """Put a step in line, or something else to be done on the engine's thread; False once it is shut."""
         with self._changed:
             if not self._is_shut:
                 self._waiting.append(item)
-                if len(self._waiting) >= self._wanted:
+                self._is_urgent |= not (isinstance(item, Step) and item.is_short)
+                if self._is_urgent or len(self._waiting) >= self._wanted:
                     self._changed.notify()
             return not self._is_shut
 
@@ -49,15 +50,21 @@ class StepQueue:
         return future
 
     def wait(self, timeout_s: float, wanted: int = 1) -> None:
-        """Until so many wait, or the time is up: each wake costs as much as taking several in."""
+        """Until so many wait, or the time is up: each wake costs as much as taking several in.
+
+        Only steps of few tokens wait for one another; whatever else comes is there at once.
+        """
         with self._changed:
             self._wanted = wanted
-            self._changed.wait_for(lambda: len(self._waiting) >= wanted or self._is_shut, timeout_s)
+            self._changed.wait_for(
+                lambda: len(self._waiting) >= wanted or self._is_urgent or self._is_shut, timeout_s
+            )
 
     def take(self) -> list[Step[Any] | Request]:
         """All that waits."""
         with self._changed:
             taken, self._waiting = self._waiting, []
+            self._is_urgent = False
             return taken
 
     def shut(self) -> None:

@@ -16,7 +16,7 @@ from splitlearn.vocabulary import AUTOCASTS, Precision
 from splitlearn.wire.dtypes import dtype_name
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class AdapterVersion:
     """An adapter's weights as one optimizer step left them; never changed, only replaced by the next."""
 

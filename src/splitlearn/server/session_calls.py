@@ -60,6 +60,11 @@ class SessionCalls(rpc.TrunkServicer):
         head = head_from_proto(first, self._hall.config.limits)
         try:
             await asyncio.wrap_future(moves.begin(id, head))
+        except asyncio.CancelledError:
+            # It may begin all the same; where it is refused instead, another import of this id is under way.
+            moves.abandon(id)
+            raise
+        try:
             parts = ArrivingParts(head, moves.layers)
             while not parts.is_complete:
                 part = await asyncio.to_thread(parts.take, await _next(requests))

@@ -39,7 +39,7 @@ class Times:
             self.run(*(self.step(session, pause_s) for session in sessions))
 
     def awaited(self, after_s: float = 0.0, ready: int = 1) -> int:
-        found = self.company.awaited(self.now + after_s, ready)
+        found = self.company.awaited(self.now + after_s, ready, joins=lambda session: True)
         return 0 if found is None else found.sessions
 
 
@@ -57,7 +57,7 @@ def test_sessions_that_come_back_soon_are_awaited(times):
     times.rounds(me, you, pause_s=SOON_S)
     assert times.awaited() == 2
     times.step(me, SOON_S)
-    found = times.company.awaited(times.now + SOON_S, ready=1)
+    found = times.company.awaited(times.now + SOON_S, ready=1, joins=lambda session: True)
     assert found.sessions == 1
     assert found.within_s == pytest.approx((SLACK - 1) * SOON_S)
 
@@ -142,3 +142,10 @@ def test_who_is_gone_is_forgotten(times):
     for number in range(100):
         times.rounds(session(number), pause_s=SOON_S)
     assert len(times.company._away) <= 1
+
+
+def test_who_cannot_join_is_not_awaited(times):
+    near, other = session(1), session(2)
+    times.rounds(near, other, pause_s=SOON_S)
+    assert times.company.awaited(times.now, 1, joins=lambda each: each is near).sessions == 1
+    assert times.company.awaited(times.now, 1, joins=lambda each: False) is None

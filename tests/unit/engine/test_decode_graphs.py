@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from splitlearn.client import decode_graphs as client_graphs
+from splitlearn.client.call_context import Call
 from splitlearn.engine import decode_graphs
 from splitlearn.testing.pair import Pair, lively_model, served_pair
 from splitlearn.testing.parity import batched_greedy, greedy
@@ -98,3 +100,48 @@ def test_a_row_gives_the_same_text_wherever_its_slot_lies(pair: Pair, held_rows:
     assert {shape.standing for shape in shapes} == {held_rows < 5}
     for layer, was in zip(pair.engine.kv.keys_SHLE, kept, strict=True):
         assert torch.equal(layer[:held_rows, :, : IDS.shape[1]], was)
+
+
+def test_layers_that_cannot_be_compiled_run_as_they_are(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("there is no C compiler here")
+
+    monkeypatch.setattr(decode_graphs.CompiledDecode, "in_place", refuse)
+    with served_pair(folder, compile="max", client={"compile": "off"}) as pair:
+        assert greedy(pair).texts_equal
+        assert pair.engine.graphs.first_steps.proven
+        assert pair.engine.graphs.recorded
+
+
+def test_a_graph_made_in_inference_mode_serves_calls_outside_of_it(pair: Pair) -> None:
+    asked = {
+        "attention_mask": torch.ones_like(IDS),
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
+    with torch.inference_mode():
+        first = pair.split.generate(IDS, **asked)
+    steps = pair.split.decode_graphs.steps
+    assert steps
+    assert torch.equal(pair.split.generate(IDS, **asked), first)
+    assert pair.split.decode_graphs.steps > steps
+
+
+def test_a_wrong_graph_of_the_client_reaches_neither_the_trunk_nor_the_text(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It places every token in the first column: what it sends, and keeps, is wrong."""
+    honest = client_graphs.DecodeGraph.place
+    monkeypatch.setattr(
+        client_graphs.DecodeGraph,
+        "place",
+        lambda self, ids, column, call: honest(self, ids, 0, Call(None, None, call.cache)),
+    )
+    found = greedy(pair)
+    assert found.texts_equal
+    assert found.relative <= 1e-5
+    assert pair.split.decode_graphs.first_steps.failed
+    assert not pair.split.decode_graphs.first_steps.proven

@@ -2,7 +2,13 @@
 
 import threading
 
+import pytest
+import torch
+
+from splitlearn.engine.step import Step
 from splitlearn.engine.step_queue import StepQueue
+from splitlearn.vocabulary import StepKey
+from splitlearn.wire.messages import StepMessage
 
 WAIT_S = 20
 
@@ -24,6 +30,10 @@ def request() -> None:
     """Nothing to do."""
 
 
+def step(tokens: int = 1) -> Step[StepMessage]:
+    return Step(b"me", StepMessage(StepKey(session=1, step=1), torch.zeros(1, tokens, 1)))
+
+
 def test_one_wakes_who_waits_for_any():
     queue = StepQueue()
     thread, found = waiting(queue, 1)
@@ -36,9 +46,9 @@ def test_fewer_than_are_wanted_wake_nobody():
     queue = StepQueue()
     thread, found = waiting(queue, 3)
     for _ in range(2):
-        queue.put(request)
+        queue.put(step())
     assert found == []
-    queue.put(request)
+    queue.put(step())
     thread.join(WAIT_S)
     assert found == [3]
 
@@ -46,8 +56,18 @@ def test_fewer_than_are_wanted_wake_nobody():
 def test_the_end_wakes_who_waits_for_more():
     queue = StepQueue()
     thread, found = waiting(queue, 3)
-    queue.put(request)
+    queue.put(step())
     queue.shut()
     thread.join(WAIT_S)
     assert found == [1]
     assert not queue.put(request)
+
+
+@pytest.mark.parametrize("item", [request, step(tokens=100)], ids=["a request", "a prompt"])
+def test_what_is_no_decode_step_wakes_at_once(item):
+    queue = StepQueue()
+    thread, found = waiting(queue, 3)
+    queue.put(step())
+    queue.put(item)
+    thread.join(WAIT_S)
+    assert found == [2]
