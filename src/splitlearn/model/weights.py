@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,10 @@ from splitlearn.model.segments import TrunkSegment, client_class, trunk_class
 
 _FILE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMED_IN_AN_ERROR = 3
+
+
+_one_at_a_time = threading.Lock()
+"""The library's loading changes what belongs to the process: of two threads, one finds weights missing."""
 
 
 def load_client(
@@ -104,7 +109,7 @@ def _load(
     if device.type != "cpu":
         how["device_map"] = {"": device}  # each tensor goes there as it is read
     stays_as_stored = device.type == "cpu" and how["dtype"] == _stored_dtype(checkpoint, keys)
-    with _quiet(), checkpoint.slices(keys, mapped=stays_as_stored) as tensors:
+    with _one_at_a_time, _quiet(), checkpoint.slices(keys, mapped=stays_as_stored) as tensors:
         try:
             model, told = cut_class.from_pretrained(
                 None, config=checkpoint.config, state_dict=tensors, output_loading_info=True, **how
