@@ -9,31 +9,27 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import structlog
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from splitlearn.client.call_context import Call, CallContext
+from splitlearn.client.decode_graph import DecodeGraph
 from splitlearn.client.leased_layer import Held, Lease, LeasedLayer
-from splitlearn.client.recorded_step import Across, Recorded
-from splitlearn.model.compiled_decode import CompiledDecode
 from splitlearn.model.decode_attention import attending_to_one_token
 from splitlearn.model.first_steps import FirstSteps
-from splitlearn.model.looks import NoLooks
-from splitlearn.model.masks import ragged
 from splitlearn.model.skeleton import decoder_of, layers_of
-from splitlearn.model.static_layer import FEWEST_COLUMNS, StaticLayer, bucket
+from splitlearn.model.static_layer import FEWEST_COLUMNS, bucket
 
 # B rows   T 1   D hidden   V vocabulary   K columns   L tokens with the new one
 
 log = structlog.get_logger("splitlearn.client")
-WARM_UP = 1
 GRAPHS_KEPT = 8
 TAKEN = frozenset({"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"})
 IGNORED = frozenset({"return_dict", "logits_to_keep"})
@@ -205,96 +201,6 @@ class ClientGraphs:
         self.first_steps.compare((ours_B1D, theirs_B1D), (found["logits"], expected["logits"]))
         lease.keep(asked["past_key_values"])
         return expected
-
-
-class DecodeGraph:
-    """One new token for each of B rows that look at up to K columns, in memory of its own."""
-
-    def __init__(
-        self,
-        step: Callable[..., Any],
-        context: CallContext,
-        layers: int,
-        held: Held,
-        ids_B1: Tensor,
-        columns: int,
-        compiled: Mapping[int, nn.Module],
-    ) -> None:
-        rows, device = ids_B1.shape[0], ids_B1.device
-        self.held = held
-        self._family_step, self._context = step, context
-        self._ids_B1 = torch.zeros_like(ids_B1)
-        self._column_B = torch.zeros(rows, dtype=torch.long, device=device)
-        self._position_B1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        self._visible_BK = torch.ones(rows, columns, dtype=torch.bool, device=device)
-        every_B = torch.arange(rows, device=device)
-        first = next(iter(held.values()))
-        self._cache = Cache(
-            layers=[
-                StaticLayer(*held.get(index, first), every_B, self._column_B, columns, standing=True)
-                for index in range(layers)
-            ]
-        )
-        parts = [(layer, self._cache.layers[index]) for index, layer in compiled.items()]
-        self._compiled = CompiledDecode(parts, self._cache, rows=rows)
-        self._lease: weakref.ref[Lease] | None = None
-        self._recorded: Recorded | None = self._record() if device.type == "cuda" else None
-
-    @property
-    def lease(self) -> Lease | None:
-        """Who stands on its memory now."""
-        return None if self._lease is None else self._lease()
-
-    def lend(self, lease: Lease) -> None:
-        self._lease = weakref.ref(lease)
-
-    def place(self, ids_B1: Tensor, column: int, call: Call) -> None:
-        """Say what the next step's token is, where it goes and what it may look at."""
-        self._ids_B1.copy_(ids_B1)
-        self._column_B.fill_(column)
-        if call.positions_BT is None:
-            self._position_B1.fill_(column)
-        else:
-            self._position_B1.copy_(call.positions_BT)
-        if call.mask_BL is None:
-            self._visible_BK.fill_(True)
-        else:
-            self._visible_BK[:, : column + 1].copy_(call.mask_BL)
-
-    def run(self, across: Across) -> Any:
-        """The family's answer, its logits (B, 1, V) in memory of their own."""
-        if self._recorded is None:
-            with self._context.standing_in(across):
-                return self._step()
-        return self._recorded.run(across)
-
-    def _step(self) -> Any:
-        with self._compiled.in_place():
-            return self._plain_step()
-
-    def _plain_step(self) -> Any:
-        with ragged(self._column_B[:, None], self._visible_BK):
-            return self._family_step(
-                input_ids=self._ids_B1,
-                position_ids=self._position_B1,
-                past_key_values=self._cache,
-                use_cache=True,
-            )
-
-    def _record(self) -> Recorded:
-        """Raises CannotBeRecorded where the family's forward looks at a value."""
-        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            with self._context.standing_in(lambda hidden_B1D: hidden_B1D):
-                with NoLooks():
-                    self._plain_step()
-                for _ in range(WARM_UP):
-                    self._step()
-            torch.cuda.current_stream().synchronize()
-            recorded = Recorded(self._step, self._context.standing_in)
-        torch.cuda.current_stream().wait_stream(beside)
-        return recorded
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
