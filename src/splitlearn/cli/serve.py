@@ -190,6 +190,7 @@ def facts(server: TrunkServer) -> dict[str, Any]:
         "device": str(trunk.device),
         "dtype": str(trunk.dtype).removeprefix("torch."),
         "attention": trunk.attention,
+        "attention_because": trunk.attention_reason,
         "batched": trunk.batched,
         "kv_bytes": engine.kv.total_bytes,
         "sessions_that_fit": engine.kv.slots,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -14,11 +12,7 @@ from splitlearn.engine.session import Session
 
 
 def run_batch(runner: Runner, batch: list[ReadyStep], dtype: torch.dtype) -> tuple[BatchPlan | None, Ran]:
-    """Forward of the batch; a lone step without a session has no plan.
-
-    A session's rows run in the order of their slots: where beams have changed places, neighbouring slots are
-    still read as they lie, and what is put in order are the few new tokens.
-    """
+    """Forward of the batch; a lone step without a session has no plan."""
     if batch[0].session is None:
         lone = batch[0].step.message
         return None, runner.run_without_cache(lone.activation_BTD, lone.mask_columns_BT, lone.positions_BT)
@@ -28,31 +22,15 @@ def run_batch(runner: Runner, batch: list[ReadyStep], dtype: torch.dtype) -> tup
     pieces_BTD = [member.piece_of(member.step.message.activation_BTD) for member in batch]
     if any(piece_BTD.dtype != pieces_BTD[0].dtype for piece_BTD in pieces_BTD):
         pieces_BTD = [piece_BTD.to(dtype) for piece_BTD in pieces_BTD]
-    activation_BTD = torch.cat(pieces_BTD) if len(batch) > 1 else pieces_BTD[0]
-    positions_BT = _positions_of(batch)
-    if order := _order_of(batch):
-        activation_BTD = activation_BTD[order]
-        positions_BT = None if positions_BT is None else positions_BT[order]
     ran = runner.run(
         plan,
-        activation_BTD,
-        positions_BT,
+        torch.cat(pieces_BTD) if len(batch) > 1 else pieces_BTD[0],
+        _positions_of(batch),
         padded=any(session.padded for session in sessions),
         adapter=None if plan.mixed else first.adapter,
         autocast=first.precision.autocast,
     )
-    if order:
-        ran = replace(ran, activation_BTD=ran.activation_BTD[torch.tensor(order).argsort()])
     return plan, ran
-
-
-def _order_of(batch: list[ReadyStep]) -> list[int]:
-    """Which of the batch's rows each place has; empty where every row has its own."""
-    order: list[int] = []
-    for slots in (_session_of(member).slots for member in batch):
-        first = len(order)
-        order += [first + row for row in sorted(range(len(slots)), key=slots.__getitem__)]
-    return [] if order == list(range(len(order))) else order
 
 
 def _plan_of(batch: list[ReadyStep], places: tuple[int, ...]) -> BatchPlan:
@@ -61,7 +39,7 @@ def _plan_of(batch: list[ReadyStep], places: tuple[int, ...]) -> BatchPlan:
     return BatchPlan(
         steps=tuple(member.step.message.key.step for member in batch),
         step_rows=tuple(session.rows for session in sessions),
-        slots=tuple(slot for session in sessions for slot in sorted(session.slots)),
+        slots=tuple(slot for session in sessions for slot in session.slots),
         lengths=tuple(member.length for member in batch for _ in _session_of(member).slots),
         tokens=batch[0].tokens,
         adapter_slots=tuple(

@@ -195,7 +195,8 @@ class DecodeGraph:
             self._replay = self._record(pool)
         elif compiled:
             # Compiled now, where a failure has somebody to deal with it.
-            self._step()
+            with torch.inference_mode():
+                self._step()
 
     def run(self, plan: BatchPlan, activation_B1D: Tensor, positions_B1: Tensor | None) -> Tensor:
         rows = len(plan.slots)

@@ -7,6 +7,8 @@ import mmap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count as numbers
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -81,7 +83,10 @@ class KvCache:
             for (heads, size), alike in Counter(forms).items()
         }
         self._held_NSHLE = list(held_NSHLE.values())
-        pieces = {form: iter(each_NSHLE) for form, each_NSHLE in held_NSHLE.items()}
+        # Taken one by one: views that are made all at once may not be written to where torch traces.
+        pieces = {
+            form: map(each_NSHLE.select, repeat(0), numbers()) for form, each_NSHLE in held_NSHLE.items()
+        }
         every_SHLE = [next(pieces[form]) for form in forms]
         self.keys_SHLE, self.values_SHLE = every_SHLE[::2], every_SHLE[1::2]
 

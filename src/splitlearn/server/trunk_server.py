@@ -188,7 +188,6 @@ def load(config: ServerConfig) -> tuple[TrunkSegment, ModelIdentity]:
         device=resolve_device(config.device),
         attention=config.attention,
     )
-    log.info("attention chosen", attention=trunk.attention, because=trunk.attention_reason)
     print_of = fingerprint(checkpoint, plan)
     sizes = (len(plan.bottom), len(plan.trunk), len(plan.top))
     return trunk, ModelIdentity.of(print_of.config_hash, print_of.weights_hash, *sizes)
