@@ -331,26 +331,3 @@ def test_a_request_whose_client_gave_up_is_not_done_and_harms_nobody(trunk):
     assert engine.fork(ME, ForkMessage(1, 3, at_step=1)).result(WAIT_S) is None
     assert engine.open_sessions == 2
     engine.stop()
-
-
-def test_rows_that_changed_places_are_read_where_they_lie_and_answered_in_their_order(engine, trunk):
-    plans = []
-    run = engine._runner.run
-    engine._runner.run = lambda plan, *args, **how: plans.append(plan) or run(plan, *args, **how)
-    engine.start()
-    text, more = tokens(5, rows=4), tokens(2, rows=4, seed=7)
-    padding = torch.ones(4, 5, dtype=torch.bool)
-    padding[2, :3] = False
-    result(engine.submit(ME, step(1, text, mask_columns_BT=padding)))
-    selected = (2, 0, 3, 1)
-    positions = torch.tensor([[5, 6], [6, 7], [7, 8], [8, 9]])
-    found = result(engine.submit(ME, step(2, more, open=None, select_rows=selected, positions_BT=positions)))
-    assert plans[1].contiguous
-    for row, old in enumerate(selected):
-        with torch.no_grad():
-            expected = trunk(
-                torch.cat([text[old], more[row]])[None],
-                attention_mask=torch.cat([padding[old], torch.ones(2, dtype=torch.bool)])[None].long(),
-                position_ids=torch.cat([torch.arange(5), positions[row]])[None],
-            )[:, -2:]
-        torch.testing.assert_close(found[row : row + 1], expected, atol=1e-6, rtol=1e-5)
