@@ -188,6 +188,11 @@ class TrunkFailed(SplitLearnError):
     """The server failed at this step; its log has the cause under the id in the message."""
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line; its kind where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def another_training(run: str, steps: Sequence[int]) -> CheckpointError:
     """The one wording of a check that both sides make: two halves of different trainings are not joined."""
     which = f"step {steps[0]}" if len(steps) == 1 else f"steps {', '.join(map(str, steps))}"

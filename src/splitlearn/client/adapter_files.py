@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from splitlearn.client.parts import units_in_full
 from splitlearn.client.remote_trunk import RemoteTrunk
-from splitlearn.errors import AdapterError, UnsupportedCall
+from splitlearn.errors import AdapterError, UnsupportedCall, first_line
 from splitlearn.model.lora import ADAPTER, config_of, weights_of
 from splitlearn.wire.messages import AdapterMessage
 
@@ -29,7 +29,7 @@ def read_config(folder: Path) -> LoraConfig:
         config = LoraConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise AdapterError(
-            f"{folder} holds no PEFT adapter ({str(error).splitlines()[0]}): give the folder with "
+            f"{folder} holds no PEFT adapter ({first_line(error)}): give the folder with "
             "adapter_config.json and adapter_model.safetensors"
         ) from None
     # What it was trained on is not what it is loaded onto, nor is it finished.

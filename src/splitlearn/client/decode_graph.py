@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -52,7 +53,7 @@ class DecodeGraph:
             ]
         )
         parts = [(layer, self._cache.layers[index]) for index, layer in compiled.items()]
-        self._compiled = CompiledDecode(parts, self._cache, rows=rows)
+        self._compiled = CompiledDecode(parts, self._cache, rows=rows) if parts else None
         self._lease: weakref.ref[Lease] | None = None
         self._recorded: Recorded | None = self._record() if device.type == "cuda" else None
 
@@ -85,7 +86,7 @@ class DecodeGraph:
         return self._recorded.run(across)
 
     def _step(self) -> Any:
-        with self._compiled.in_place():
+        with self._compiled.in_place() if self._compiled else contextlib.nullcontext():
             return self._plain_step()
 
     def _plain_step(self) -> Any:

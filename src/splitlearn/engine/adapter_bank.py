@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from splitlearn.engine.trunk_state import AdapterVersion
+from splitlearn.errors import first_line
 from splitlearn.model.lora import LoraSlots
 from splitlearn.model.lora_bank import BARE_PLACE, LoraBank, PlainLora
 from splitlearn.model.static_layer import bucket
@@ -152,7 +153,7 @@ class AdapterBank:
                 self._bank.put(self._places[version], self._adapters[version], version.weights)
                 self._filled.add(version)
         except RuntimeError as error:
-            log.warning("adapters run in batches of their own", error=str(error).splitlines()[0])
+            log.warning("adapters run in batches of their own", error=first_line(error))
             self._budget_bytes = 0
             self._adapters.clear()
             self._reshape(BankShape())

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from splitlearn.disk import claimed, digest, is_claimed, make_folder, sync
 from splitlearn.engine.disk_budget import DiskBudget
-from splitlearn.errors import CheckpointError, another_training
+from splitlearn.errors import CheckpointError, another_training, first_line
 from splitlearn.vocabulary import LoraSettings, OptimizerSettings, Precision, RunSettings, TapeSettings
 
 FORMAT = 1
@@ -238,7 +238,7 @@ def _digest_of_note(note: Mapping[str, Any]) -> str:
 
 
 def _why(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 def _settings(told: dict[str, Any]) -> RunSettings:

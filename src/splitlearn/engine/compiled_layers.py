@@ -9,6 +9,7 @@ import structlog
 import torch
 from torch import nn
 
+from splitlearn.errors import first_line
 from splitlearn.model.compiled_decode import keep_compiled_code
 
 log = structlog.get_logger("splitlearn.engine")
@@ -47,7 +48,7 @@ class CompiledLayers:
         """Whether a failed step can be tried again without compiled code, which then is not used again."""
         if not self._in_use:
             return False
-        log.warning("layers could not be compiled and run as they are", error=str(error).splitlines()[0])
+        log.warning("layers could not be compiled and run as they are", error=first_line(error))
         self.failed = True
         self.use(False)
         return True

@@ -20,6 +20,7 @@ from splitlearn.engine.adapter_bank import AdapterBank
 from splitlearn.engine.batch_plan import BatchPlan
 from splitlearn.engine.graph_rows import GraphRows, GraphShape
 from splitlearn.engine.kv_cache import KvCache
+from splitlearn.errors import first_line
 from splitlearn.model.compiled_decode import CompiledDecode
 from splitlearn.model.decode_attention import attending_to_one_token
 from splitlearn.model.first_steps import FirstSteps
@@ -150,7 +151,7 @@ class DecodeGraphs:
         except Exception as error:
             if not compiled:
                 raise
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             log.warning("layers could not be compiled for decode steps and run as they are", error=reason)
             self._compiled = compiled = False
             return new_graph()

@@ -13,7 +13,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from splitlearn.errors import FrameError, KvBudgetExceeded, SettingError
+from splitlearn.errors import FrameError, KvBudgetExceeded, SettingError, first_line
 from splitlearn.wire.host_memory import to_host
 
 # N keys or values of layers   S slots   B rows   H key/value heads   L tokens of a slot   T of some
@@ -70,7 +70,7 @@ class KvCache:
         except (RuntimeError, OSError) as error:
             raise SettingError(
                 f"{self.total_bytes:,} bytes of KV cache cannot be had on {device} "
-                f"({str(error).splitlines()[0]}): lower --kv-budget"
+                f"({first_line(error)}): lower --kv-budget"
             ) from None
         self.visible_SL = torch.ones(self._rows, slot_tokens, dtype=torch.bool, device=device)
         self._free = list(range(self.slots))

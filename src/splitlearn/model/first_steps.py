@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from splitlearn.errors import first_line
+
 PROOFS = 3
 CLOSE = {2: 0.1, 4: 1e-3, 8: 1e-6}
 """How far apart, relative to the largest value, steps in a dtype of so many bytes may be."""
@@ -49,7 +51,7 @@ class FirstSteps:
     def give_up(self, error: Exception) -> None:
         self.failed = True
         self._let_go()
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         self._log.warning(
             "decode steps run one kernel after another: they cannot be recorded here", error=reason
         )

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import cast_adapter_dtype
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from torch import Tensor, nn
 
-from splitlearn.errors import AdapterError
+from splitlearn.errors import AdapterError, first_line
 from splitlearn.model.lora_bank import PlainLora, plain_loras
 from splitlearn.vocabulary import LoraSettings
 
@@ -157,7 +157,7 @@ def add_lora(model: nn.Module, settings: LoraSettings, adapter: str, seed: int) 
             inject_adapter_in_model(config_of(settings), model, adapter)
         except (ValueError, TypeError, AttributeError) as error:
             remove_lora(model, adapter)
-            raise AdapterError(f"LoRA cannot be added: {str(error).splitlines()[0]}") from None
+            raise AdapterError(f"LoRA cannot be added: {first_line(error)}") from None
     # In float32 beside a base in half precision, as PEFT trains it.
     cast_adapter_dtype(model, adapter)
     for layer in lora_layers(model):

@@ -21,7 +21,7 @@ from splitlearn.config import ServerConfig
 from splitlearn.engine.checkpoint import RunStore
 from splitlearn.engine.disk_budget import DiskBudget
 from splitlearn.engine.engine import Engine
-from splitlearn.errors import SettingError, TrunkDraining
+from splitlearn.errors import SettingError, TrunkDraining, first_line
 from splitlearn.model.checkpoint import Checkpoint
 from splitlearn.model.plan import SplitPlan
 from splitlearn.model.segments import TrunkSegment
@@ -204,7 +204,7 @@ def resolve_device(name: str) -> torch.device:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise SettingError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise SettingError(f"device {name!r} cannot be used: {first_line(error)}") from None
     return torch.device(name)
 
 
