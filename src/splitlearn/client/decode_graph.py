@@ -13,7 +13,7 @@ from transformers import Cache
 
 from splitlearn.client.call_context import Call, CallContext
 from splitlearn.client.leased_layer import Held, Lease
-from splitlearn.client.recorded_step import Across, Recorded
+from splitlearn.client.recorded_step import Across, OnTheHost, Recorded
 from splitlearn.model.compiled_decode import CompiledDecode
 from splitlearn.model.looks import NoLooks
 from splitlearn.model.masks import ragged
@@ -78,6 +78,14 @@ class DecodeGraph:
         else:
             self._visible_BK[:, : column + 1].copy_(call.mask_BL)
 
+    def seen_from_host(self, call: Call) -> Call:
+        """The same call, told by what is on the host when `across` is asked: to look there costs no wait."""
+        if self._recorded is None:
+            return call
+        host = self._recorded.host
+        mask_BL = None if host.is_unpadded else call.mask_BL
+        return Call(mask_BL, None if call.positions_BT is None else host.positions_B1, call.cache)
+
     def run(self, across: Across) -> Any:
         """The family's answer, its logits (B, 1, V) in memory of their own."""
         if self._recorded is None:
@@ -100,15 +108,21 @@ class DecodeGraph:
 
     def _record(self) -> Recorded:
         """Raises CannotBeRecorded where the family's forward looks at a value."""
+        met: list[OnTheHost] = []
+
+        def stand_in(hidden_B1D: Tensor) -> Tensor:
+            met.append(OnTheHost(hidden_B1D, self._position_B1, self._visible_BK))
+            return hidden_B1D
+
         beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
-            with self._context.standing_in(lambda hidden_B1D: hidden_B1D):
+            with self._context.standing_in(stand_in):
                 with NoLooks():
                     self._plain_step()
                 for _ in range(WARM_UP):
                     self._step()
             torch.cuda.current_stream().synchronize()
-            recorded = Recorded(self._step, self._context.standing_in)
+            recorded = Recorded(self._step, self._context.standing_in, met[-1])
         torch.cuda.current_stream().wait_stream(beside)
         return recorded

@@ -103,7 +103,7 @@ class ClientGraphs:
         lease.length += 1
         self.steps += 1
         if before is None:
-            answer = graph.run(lambda hidden_B1D: self._exchange(hidden_B1D, call))
+            answer = graph.run(lambda hidden_B1D: self._exchange(hidden_B1D, graph.seen_from_host(call)))
         else:
             answer = self._proven_step(graph, lease, call, asked | {"past_key_values": before})
         answer["past_key_values"] = cache

@@ -12,8 +12,10 @@ from splitlearn.engine.session import Session
 REMEMBERED_BATCHES = 3
 BATCHES_AWAY = 2
 """After so many batches' time nobody is expected any more."""
-SLACK = 1.5
-"""How much longer than the last time a session may take before it is given up."""
+MOST_WAITED = 0.5
+"""How long a device with something to do is kept idle, in batches: who comes later makes up the next one."""
+WORTH_A_WAIT = 0.02
+"""What waiting must save, in batches, to be worth the engine's going to sleep."""
 
 
 class Away(NamedTuple):
@@ -24,7 +26,7 @@ class Away(NamedTuple):
 
 
 class Awaited(NamedTuple):
-    """So many sessions are expected within this time."""
+    """So many sessions are worth waiting for, and no longer than this."""
 
     sessions: int
     within_s: float
@@ -35,6 +37,7 @@ class Company:
 
     A batch takes about as long whatever its size, and who comes too late for one waits for the whole of it.
     So waiting for k sessions saves each of them a batch, and costs them and those that are ready the wait.
+    Who is overdue is expected to take as long again as it is overdue: so each moment makes it less worth it.
 
     Args:
         wait_ms: how long after its answer a session is waited for; None weighs it at each batch.
@@ -60,10 +63,13 @@ class Company:
             if member.session is not None:
                 self._away[member.session] = Away(now, member.pause_s)
 
-    def awaited(self, now: float, ready: int, joins: Callable[[Session], bool]) -> Awaited | None:
+    def awaited(
+        self, now: float, ready: int, joins: Callable[[Session], bool], waited_s: float = 0.0
+    ) -> Awaited | None:
         """Whom the `ready` steps are to wait for; None where nobody is worth it.
 
-        `joins` says of a session whether its steps can run in one batch with them.
+        `joins` says of a session whether its steps can run in one batch with them; they have `waited_s`
+        already, with the device idle.
         """
         limit_s = self._limit_s
         quick = [
@@ -74,16 +80,19 @@ class Company:
         if self._told_s is not None:
             until = [since + self._told_s for since, _ in quick if now < since + self._told_s]
             return Awaited(len(until), max(until) - now) if until else None
-        expected = [(since + pause_s, since + SLACK * pause_s) for since, pause_s in quick]
-        return self._worth_most(sorted(each for each in expected if now < each[1]), now, ready)
+        left_s = MOST_WAITED * self._batch_s - waited_s
+        due_in_s = [due_s for since, pause_s in quick if (due_s := since + pause_s - now) < left_s]
+        found = self._worth_most(sorted(due_in_s, key=abs), ready) if left_s > 0 else None
+        return found and Awaited(found.sessions, min(found.within_s, left_s))
 
-    def _worth_most(self, expected: list[tuple[float, float]], now: float, ready: int) -> Awaited | None:
-        """Of sessions by when they are expected and when they are given up, the first ones that save most."""
-        most_s, found = 0.0, None
-        for sessions, (at, until) in enumerate(expected, start=1):
-            cost_s = max(at - now, 0.0) * (ready + sessions)
-            if (saved_s := sessions * self._batch_s - cost_s) > most_s:
-                most_s, found = saved_s, Awaited(sessions, until - now)
+    def _worth_most(self, due_in_s: list[float], ready: int) -> Awaited | None:
+        """Of sessions by when they are due, the first ones that save most; less than 0 is overdue."""
+        most_s, found = WORTH_A_WAIT * self._batch_s, None
+        for sessions, due_s in enumerate(due_in_s, start=1):
+            everybody = ready + sessions
+            if (saved_s := sessions * self._batch_s - abs(due_s) * everybody) > most_s:
+                # Beyond that time they would cost more than they save.
+                most_s, found = saved_s, Awaited(sessions, max(due_s, 0.0) + saved_s / everybody)
         return found
 
     @property

@@ -28,6 +28,7 @@ from splitlearn.model.looks import CannotBeRecorded, NoLooks
 from splitlearn.model.masks import ragged
 from splitlearn.model.segments import TrunkSegment
 from splitlearn.model.static_layer import StaticLayer
+from splitlearn.wire.host_memory import host_like
 
 # R rows of a graph   B rows of a batch   D hidden
 
@@ -177,6 +178,8 @@ class DecodeGraph:
         device = trunk.device
         self._trunk, self._bank = trunk, bank
         self._state_R1D = torch.zeros(shape.rows, 1, trunk.hidden_size, dtype=trunk.dtype, device=device)
+        # Copies are a part of the graph: each of its own would cost a launch, with the device idle.
+        self._asked_R1D, self._answer_R1D = host_like(self._state_R1D), host_like(self._state_R1D)
         self._rows = GraphRows(kv, shape, device)
         held = zip(kv.keys_SHLE, kv.values_SHLE, strict=True)
         slot_R, column_R = self._rows.slot_R, self._rows.column_R
@@ -191,7 +194,7 @@ class DecodeGraph:
             if compiled
             else None
         )
-        self._replay: Callable[[], Tensor] = self._step
+        self._replay: Callable[[], object] = self._step
         if device.type == "cuda":
             self._replay = self._record(pool)
         elif compiled:
@@ -201,14 +204,19 @@ class DecodeGraph:
 
     def run(self, plan: BatchPlan, activation_B1D: Tensor, positions_B1: Tensor | None) -> Tensor:
         rows = len(plan.slots)
-        self._state_R1D[:rows].copy_(activation_B1D, non_blocking=True)
+        self._asked_R1D[:rows].copy_(activation_B1D)
         self._rows.place(plan, positions_B1)
-        out_R1D = self._replay()
-        return out_R1D[:rows].cpu()
+        self._replay()
+        if self._trunk.device.type == "cuda":
+            torch.cuda.current_stream(self._trunk.device).synchronize()
+        return self._answer_R1D[:rows].clone()
 
     def _step(self) -> Tensor:
+        """From what the host was told to the answer there, which is complete when the device has done it."""
+        self._state_R1D.copy_(self._asked_R1D, non_blocking=True)
+        self._rows.bring()
         with self._compiled.in_place() if self._compiled else contextlib.nullcontext():
-            return self._plain_step()
+            return self._answer_R1D.copy_(self._plain_step(), non_blocking=True)
 
     def _plain_step(self) -> Tensor:
         rows, trunk = self._rows, self._trunk
@@ -224,7 +232,7 @@ class DecodeGraph:
             )
         return rows.answers(out_R1D)
 
-    def _record(self, pool: Any) -> Callable[[], Tensor]:
+    def _record(self, pool: Any) -> Callable[[], object]:
         """Raises CannotBeRecorded where the family's forward looks at a value."""
         device = self._trunk.device
         beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -240,12 +248,8 @@ class DecodeGraph:
         try:
             # Other threads go on copying answers meanwhile. A recording that fails leaves its stream current.
             with torch.cuda.stream(torch.cuda.current_stream(device)), recording:
-                out_R1D = self._step()
+                self._step()
         except Exception as error:
             raise CannotBeRecorded(f"the recording failed: {error}") from error
-
-        def replay() -> Tensor:
-            graph.replay()
-            return out_R1D
-
+        replay: Callable[[], object] = graph.replay
         return replay

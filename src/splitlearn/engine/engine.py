@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -101,7 +102,10 @@ class Engine:
         self.lease_s = sessions.lease_s
         self.failure: Exception | None = None
         self.on_failure: Callable[[], object] = lambda: None
+        self.in_one_go: Callable[[], AbstractContextManager[None]] = nullcontext
+        """What a batch's answers are given within."""
         self._stopping, self._is_ready = threading.Event(), threading.Event()
+        self._expire_at = 0.0
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     # Called from any thread.
@@ -176,6 +180,7 @@ class Engine:
     def _turn(self) -> None:
         self._queue.wait(0 if self._ready else EXPIRY_CHECK_S)
         self._accept()
+        self.bank.keep(self._sessions.adapters())
         self._expire()
         if self._ready:
             self._wait_for_company()
@@ -198,18 +203,22 @@ class Engine:
             step.fail(explained(error))
 
     def _expire(self) -> None:
-        if expired := self._sessions.expire(time.monotonic()):
+        """Now and then: it looks at everything that is held."""
+        if (now := time.monotonic()) < self._expire_at:
+            return
+        self._expire_at = now + EXPIRY_CHECK_S
+        if expired := self._sessions.expire(now):
             log.info("sessions expired", sessions=expired)
-        self.bank.keep(self._sessions.adapters())
-        if expired := self.tape.expire(time.monotonic()):
+        if expired := self.tape.expire(now):
             log.info("forwards without a backward expired", forwards=expired)
-        if names := self._runs.expire(time.monotonic()):
+        if names := self._runs.expire(now):
             log.warning("runs that nobody used were closed", runs=names)
 
     def _wait_for_company(self) -> None:
-        while self._ready.has_room_for_company and not self._stopping.is_set():
-            now, ready = time.monotonic(), self._ready
-            if (awaited := self._company.awaited(now, len(ready), ready.joins)) is None:
+        began, ready = time.monotonic(), self._ready
+        while ready.has_room_for_company and not self._stopping.is_set():
+            now = time.monotonic()
+            if (awaited := self._company.awaited(now, len(ready), ready.joins, now - began)) is None:
                 return
             self._queue.wait(awaited.within_s, awaited.sessions)
             self._accept()
@@ -227,8 +236,10 @@ class Engine:
 
     def _do_together(self, members: list[ReadyStep]) -> None:
         began, is_decode = time.monotonic(), members[0].work is Work.DECODE
-        for unfinished in self._session_steps.do(members):
-            self._ready.add(unfinished)
+        with self.in_one_go():
+            unfinished = self._session_steps.do(members)
+        for member in unfinished:
+            self._ready.add(member)
         if is_decode:
             self._company.ran(members, began, time.monotonic())
 

@@ -12,6 +12,7 @@ from splitlearn.engine.batch_plan import BatchPlan
 from splitlearn.engine.kv_cache import KvCache
 from splitlearn.model.lora_bank import BARE_PLACE
 from splitlearn.model.static_layer import FEWEST_COLUMNS, bucket
+from splitlearn.wire.host_memory import host_like
 
 # R rows of a graph   B rows of a batch   D hidden   K columns
 
@@ -69,6 +70,8 @@ class GraphRows:
         self._left_over = (0, kv.spare_column) if shape.standing else (kv.spare, 0)
         self._places_5R = torch.zeros(5, shape.rows, dtype=torch.long, device=device)
         self._places_5R[SLOT], self._places_5R[COLUMN] = self._left_over
+        self._told_5R = host_like(self._places_5R)
+        self._told_5R.copy_(self._places_5R)
         self.slot_R = torch.arange(shape.rows, device=device) if shape.standing else self._places_5R[SLOT]
         self.column_R = self._places_5R[COLUMN]
         """Where each row's new token goes."""
@@ -90,6 +93,7 @@ class GraphRows:
         return out_R1D[self._places_5R[ANSWER]] if self._shape.standing else out_R1D
 
     def place(self, plan: BatchPlan, positions_B1: Tensor | None) -> None:
+        """On the host; the graph brings it to the device."""
         positions = plan.lengths if positions_B1 is None else positions_B1[:, 0].tolist()
         slot, column = self._left_over
         slots, columns = [slot] * self._shape.rows, [column] * self._shape.rows
@@ -102,7 +106,8 @@ class GraphRows:
             slots[at] = row if self._shape.standing else place
             columns[at], positions_of[at], answers[row] = length, position, at
             adapters[at] = adapter
-        places_5R = torch.tensor([slots, columns, positions_of, answers, adapters])
-        if self._places_5R.is_cuda:
-            places_5R = places_5R.pin_memory()
-        self._places_5R.copy_(places_5R, non_blocking=True)
+        self._told_5R.copy_(torch.tensor([slots, columns, positions_of, answers, adapters]))
+
+    def bring(self) -> None:
+        """Copy to the device what was told last: a part of the graph."""
+        self._places_5R.copy_(self._told_5R, non_blocking=True)

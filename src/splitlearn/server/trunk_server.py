@@ -122,9 +122,9 @@ class TrunkServer:
         runs = RunStore(self.config.state_dir / f"{self._identity.weights_hash:016x}" / "runs", budget)
         with contextlib.suppress(OSError):  # who saves is told of a folder that cannot be used
             runs.clear_up()
-        self._hall = hall = Hall(
-            self.engine, self._identity, self.config, admission, egress, Handover(loop), runs
-        )
+        handover = Handover(loop)
+        self.engine.in_one_go = handover.in_one_go
+        self._hall = hall = Hall(self.engine, self._identity, self.config, admission, egress, handover, runs)
         server, healthy = self._grpc_server(hall)
         await server.start()
         await healthy.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)

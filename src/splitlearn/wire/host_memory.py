@@ -22,6 +22,11 @@ def to_host(tensor: Tensor) -> Tensor:
     return host
 
 
+def host_like(tensor: Tensor) -> Tensor:
+    """Zeros that a copy to or from this tensor needs no detour for: pinned where it is on a GPU."""
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+
+
 def host_buffer(size: int) -> Tensor:
     """(size,) bytes, uninitialised; pinned where this process uses a GPU."""
     return torch.empty(size, dtype=torch.uint8, pin_memory=_uses_cuda())

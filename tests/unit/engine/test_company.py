@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from splitlearn.engine.company import BATCHES_AWAY, SLACK, Company
+from splitlearn.engine.company import BATCHES_AWAY, MOST_WAITED, Company
 from splitlearn.engine.ready_step import ReadyStep
 from splitlearn.engine.session import Session
 from splitlearn.engine.step import Step
@@ -38,8 +38,8 @@ class Times:
         for _ in range(number):
             self.run(*(self.step(session, pause_s) for session in sessions))
 
-    def awaited(self, after_s: float = 0.0, ready: int = 1) -> int:
-        found = self.company.awaited(self.now + after_s, ready, joins=lambda session: True)
+    def awaited(self, after_s: float = 0.0, ready: int = 1, waited_s: float = 0.0) -> int:
+        found = self.company.awaited(self.now + after_s, ready, lambda session: True, waited_s)
         return 0 if found is None else found.sessions
 
 
@@ -59,14 +59,37 @@ def test_sessions_that_come_back_soon_are_awaited(times):
     times.step(me, SOON_S)
     found = times.company.awaited(times.now + SOON_S, ready=1, joins=lambda session: True)
     assert found.sessions == 1
-    assert found.within_s == pytest.approx((SLACK - 1) * SOON_S)
+    assert found.within_s == pytest.approx(BATCH_S / 2)
 
 
-def test_a_session_that_does_not_come_is_given_up(times):
+@pytest.mark.parametrize("ready", [1, 7, 31])
+def test_who_is_overdue_is_given_up_when_the_wait_has_cost_what_it_could_save(times, ready):
     me, you = session(1), session(2)
     times.rounds(me, you, pause_s=SOON_S)
     times.step(me, SOON_S)
-    assert times.awaited(after_s=SLACK * SOON_S) == 0
+    bound_s = SOON_S + BATCH_S / (ready + 1)
+    assert times.awaited(after_s=SOON_S + 0.9 * (bound_s - SOON_S), ready=ready) == 1
+    assert times.awaited(after_s=bound_s, ready=ready) == 0
+
+
+def test_a_device_is_not_kept_idle_for_more_than_half_a_batch(times):
+    """Who comes later than that is the next batch, and the device is busy all the time."""
+    those = [session(number) for number in range(4)]
+    for _ in range(2):
+        times.run(*(times.step(each, number * BATCH_S / 5) for number, each in enumerate(those)))
+    times.step(those[0], 0.0)
+    assert times.awaited() == 2
+    assert times.awaited(waited_s=BATCH_S * MOST_WAITED) == 0
+
+
+def test_many_do_not_wait_for_one_that_went_astray(times):
+    """It has come late once; the others would pay for it together."""
+    those = [session(number) for number in range(32)]
+    times.rounds(*those, pause_s=SOON_S)
+    for each in those[1:]:
+        times.step(each, SOON_S)
+    found = times.company.awaited(times.now + SOON_S, ready=31, joins=lambda session: True)
+    assert found.within_s == pytest.approx(BATCH_S / 32)
 
 
 @pytest.mark.parametrize(("ready", "awaited"), [(1, 1), (2, 1), (4, 0), (40, 0)])
@@ -121,7 +144,7 @@ def test_a_batch_that_stalled_makes_nobody_wait_longer(times):
     me, you = session(1), session(2)
     times.rounds(me, you, pause_s=SOON_S)
     times.run(times.step(me, SOON_S), times.step(you, SOON_S), took_s=1000 * BATCH_S)
-    assert times.awaited(after_s=SLACK * SOON_S) == 0
+    assert times.awaited(after_s=SOON_S + BATCH_S * 2 / 3) == 0
 
 
 def test_a_told_time_stands_whatever_batches_take():

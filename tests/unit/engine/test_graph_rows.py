@@ -52,6 +52,7 @@ def test_rows_go_in_and_come_out_in_the_batchs_order(kv: KvCache, shape: GraphSh
     rows = GraphRows(kv, shape, CPU)
     state_R1D = torch.arange(float(shape.rows))[:, None, None]
     rows.place(plan(5, 1, 3), None)
+    rows.bring()
     out_R1D = rows.answers(rows.seated(state_R1D))
     assert out_R1D[:3, 0, 0].tolist() == [0.0, 1.0, 2.0]
 
@@ -59,9 +60,11 @@ def test_rows_go_in_and_come_out_in_the_batchs_order(kv: KvCache, shape: GraphSh
 def test_rows_that_are_left_over_write_where_nobody_looks(kv: KvCache) -> None:
     standing = GraphRows(kv, GraphShape(4, 256, standing=True), CPU)
     standing.place(plan(2), None)
+    standing.bring()
     assert standing.column_R.tolist() == [1024, 1024, 7, 1024]
     gathered = GraphRows(kv, GraphShape(4, 256, standing=False), CPU)
     gathered.place(plan(9), None)
+    gathered.bring()
     assert gathered.slot_R.tolist() == [9, kv.spare, kv.spare, kv.spare]
 
 

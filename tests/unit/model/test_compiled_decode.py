@@ -60,7 +60,7 @@ def kv_of(trunk: TrunkSegment) -> KvCache:
 def step(trunk: TrunkSegment, shape: GraphShape, *, compiled: bool) -> tuple[torch.Tensor, KvCache]:
     kv = kv_of(trunk)
     graph = DecodeGraph(trunk, kv, shape, compiled=compiled)
-    graph._state_R1D.normal_(generator=torch.Generator().manual_seed(1))
+    graph._asked_R1D.normal_(generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         return graph._step().clone(), kv
 

@@ -37,6 +37,26 @@ def test_work_that_comes_in_one_go_wakes_the_loop_once():
     assert len(loop.calls) == 2, "what comes later wakes it again"
 
 
+def test_a_thread_that_puts_much_wakes_the_loop_when_it_is_done():
+    loop, done = CountingLoop(), []
+    handover = Handover(loop)
+    with handover.in_one_go():
+        for number in range(32):
+            handover.put(lambda number=number: done.append(number))
+        assert loop.calls == []
+        other = threading.Thread(target=handover.put, args=(lambda: done.append("other"),))
+        other.start()
+        other.join()
+        assert len(loop.calls) == 1, "another thread's work does not wait for that"
+        loop.calls.pop()()
+        assert done == [*range(32), "other"]
+    assert loop.calls == [], "nothing is left to be done"
+    with handover.in_one_go():
+        handover.put(lambda: done.append("last"))
+    loop.calls.pop()()
+    assert done[-1] == "last"
+
+
 def test_work_that_fails_keeps_none_behind_it_from_being_done():
     loop, done = CountingLoop(), []
     handover = Handover(loop)
