@@ -272,7 +272,7 @@ def sessions(on: Stage) -> None:
 def prefill(on: Stage) -> None:
     """The waits are those between two answers of a decoding session while a prompt is under way."""
     client, size = on.clients[0], on.size
-    usual = BatchingConfig().prefill_chunk_tokens
+    usual = BatchingConfig().chunk_tokens(on.bench.device)
     pause_s = size.seconds / 20
     asked = {"address": on.address, "tokens": size.prefill_tokens}
     try:

@@ -63,9 +63,9 @@ class BatchingConfig(Settings):
     """Tokens up to which steps are joined into one batch: more is faster and takes more memory."""
     max_batch_rows: PositiveInt = 64
     """Rows (sequences) up to which steps are joined into one batch."""
-    prefill_chunk_tokens: PositiveInt = 512
-    """New tokens a row that run at once: a longer prompt runs in pieces, and others' steps between them;
-    fewer delay the others less, more make the prompt itself faster."""
+    prefill_chunk_tokens: PositiveInt | None = None
+    """New tokens a row that run at once, by default 512, on a GPU 1024: a longer prompt runs in pieces, and
+    others' steps between them; fewer delay the others less, more make the prompt itself faster."""
     decode_share: Share = 0.5
     """Part of the turns that decode steps get while prompts or training steps wait too; a turn is one batch
     of decode steps, one batch of pieces of prompts, or one training step."""
@@ -77,6 +77,10 @@ class BatchingConfig(Settings):
     adapter_bank_bytes: NonNegativeInt = 4 * GIB
     """Memory for copies of the adapters that sessions generate with, so that their steps run together;
     adapters without room there run in batches of their own. Taken when the first such batch comes."""
+
+    def chunk_tokens(self, device: str) -> int:
+        """The pieces of prompts on a device of this type: on a GPU any up to 1024 take as long."""
+        return self.prefill_chunk_tokens or (1024 if device == "cuda" else 512)
 
 
 class SessionConfig(Settings):

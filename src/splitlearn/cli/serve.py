@@ -69,8 +69,16 @@ def serve(
         SessionConfig, "lease_s"
     ),
     prefill_chunk: Annotated[
-        int, setting(BatchingConfig, "prefill_chunk_tokens", "--prefill-chunk", min=1, metavar="TOKENS")
-    ] = default_of(BatchingConfig, "prefill_chunk_tokens"),
+        int | None,
+        setting(
+            BatchingConfig,
+            "prefill_chunk_tokens",
+            "--prefill-chunk",
+            min=1,
+            metavar="TOKENS",
+            show_default="512, on a GPU 1024",
+        ),
+    ] = None,
     decode_share: Annotated[float, setting(BatchingConfig, "decode_share")] = default_of(
         BatchingConfig, "decode_share"
     ),

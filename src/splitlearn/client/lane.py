@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -18,10 +19,14 @@ from splitlearn.wire.generated import splitlearn_pb2 as pb
 STEPS = f"/{pb.DESCRIPTOR.services_by_name['Trunk'].full_name}/Steps"
 Outgoing = pb.ClientMessage | Pieces
 Incoming = pb.ServerMessage | Piece
+TAKEN = pb.ServerMessage()
+"""Stands for an answer that was handed over as it was parsed."""
 
 
 class Lane:
-    """Gives what arrives to `take`, in order, on a thread of its own; `ended` is called once, last.
+    """Gives what arrives to `take` on a thread of its own, in order but for answers in one message.
+
+    Those leave gRPC's thread at once. `ended` is called once, last.
 
     Args:
         channel: closed with the lane.
@@ -58,7 +63,7 @@ class Lane:
         """
         self.send(pb.ClientMessage(hello=hello))
         begin = self._channel.stream_stream(
-            STEPS, request_serializer=serialize, response_deserializer=deserialize_server
+            STEPS, request_serializer=serialize, response_deserializer=self._parse
         )
         self._call = begin(self._requests())
         if self._is_cancelled:
@@ -99,6 +104,16 @@ class Lane:
             else:
                 yield outgoing
 
+    def _parse(self, data: bytes) -> Incoming:
+        """On gRPC's thread: waking the reader first costs an answer as much as all that is done with it."""
+        message = deserialize_server(data)
+        if self.has_welcome and isinstance(message, pb.ServerMessage) and message.HasField("answer"):
+            # What is wrong with it the reader finds again, and ends the lane.
+            with contextlib.suppress(Exception):
+                self._take(message)
+                return TAKEN
+        return message
+
     def _read(self) -> None:
         try:
             for message in self._call:
@@ -118,6 +133,8 @@ class Lane:
             self._channel.close()
 
     def _receive(self, message: Incoming) -> None:
+        if message is TAKEN:
+            return
         if self.has_welcome:
             self._take(message)
         elif isinstance(message, pb.ServerMessage) and message.HasField("welcome"):

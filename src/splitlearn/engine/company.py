@@ -81,8 +81,10 @@ class Company:
             until = [since + self._told_s for since, _ in quick if now < since + self._told_s]
             return Awaited(len(until), max(until) - now) if until else None
         left_s = MOST_WAITED * self._batch_s - waited_s
+        if left_s <= WORTH_A_WAIT * self._batch_s:
+            return None
         due_in_s = [due_s for since, pause_s in quick if (due_s := since + pause_s - now) < left_s]
-        found = self._worth_most(sorted(due_in_s, key=abs), ready) if left_s > 0 else None
+        found = self._worth_most(sorted(due_in_s, key=abs), ready)
         return found and Awaited(found.sessions, min(found.within_s, left_s))
 
     def _worth_most(self, due_in_s: list[float], ready: int) -> Awaited | None:

@@ -90,7 +90,7 @@ class Engine:
             slot_tokens=self.kv.slot_tokens,
             max_positions=trunk.max_positions,
             # What is not proven in a batch may depend on how far the whole prompt reaches.
-            chunk_tokens=batching.prefill_chunk_tokens if trunk.batched else 0,
+            chunk_tokens=batching.chunk_tokens(trunk.device.type) if trunk.batched else 0,
         )
         self._company = Company(batching.wait_ms)
         self._queue = StepQueue()

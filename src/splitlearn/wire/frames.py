@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class FrameFormat:
     """Where the bytes of a large tensor go, in place of its frame."""
 
     def apart_if_large(self) -> FrameFormat:
-        return replace(self, apart=[])
+        return FrameFormat(self.codec, self.checksum, [])
 
 
 def encode_frame(tensor: Tensor, role: Role, format: FrameFormat) -> pb.Frame:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -232,8 +230,9 @@ def _sent(phase: Phase) -> Role:
 def _add_sides(
     proto: pb.Step, mask_columns_BT: Tensor | None, positions_BT: Tensor | None, format: FrameFormat
 ) -> None:
-    if format.apart is not None:
-        format = replace(format, apart=None)
+    if mask_columns_BT is None and positions_BT is None:
+        return
+    format = FrameFormat(format.codec, format.checksum)
     if mask_columns_BT is not None:
         write_frame(proto.mask_columns, mask_columns_BT, Role.MASK_COLUMNS, format)
     if positions_BT is not None:
