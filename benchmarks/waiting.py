@@ -23,6 +23,7 @@ from splitlearn.vocabulary import Precision, StepKey
 from splitlearn.wire.messages import StepMessage
 
 SECONDS = 3.0
+ROOM = 64
 SESSIONS = (1, 2, 4, 8, 20, 32)
 ASTRAY = 0.03
 """Share of the steps."""
@@ -94,7 +95,8 @@ class Queue:
         if self._runs or not self._ready:
             return
         self._idle_since = now if self._idle_since < 0 else self._idle_since
-        awaited = self._company.awaited(now, len(self._ready), lambda session: True, now - self._idle_since)
+        waited_s, ready = now - self._idle_since, len(self._ready)
+        awaited = self._company.awaited(now, ready, ROOM - ready, lambda session: True, waited_s)
         if awaited is not None:
             self._wanted = len(self._ready) + awaited.sessions
             self._wake_at = now + awaited.within_s

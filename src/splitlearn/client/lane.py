@@ -24,9 +24,9 @@ TAKEN = pb.ServerMessage()
 
 
 class Lane:
-    """Gives what arrives to `take` on a thread of its own, in order but for answers in one message.
+    """Gives what arrives to `take`, in order, on a thread of its own; `ended` is called once, last.
 
-    Those leave gRPC's thread at once. `ended` is called once, last.
+    An answer in one message is given on gRPC's own thread, which reads the next one when this thread asks.
 
     Args:
         channel: closed with the lane.

@@ -74,7 +74,7 @@ class Recorded:
             active[0].capture_end()
 
     def run(self, across: Across) -> Any:
-        """`across` is given, and gives, what is on the host."""
+        """`across` gives what is on the host, and is given it: the next step's is written in its place."""
         self._bottom.replay()
         torch.cuda.current_stream().synchronize()
         self.host.state_B1D.copy_(across(self.host.hidden_B1D))

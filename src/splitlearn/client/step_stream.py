@@ -50,7 +50,8 @@ class StepStream:
         self._address = address
         self._limits = limits
         self._traffic = traffic
-        self._lock = threading.Lock()
+        # The garbage collector may end the stream at any place, within the lock too.
+        self._lock = threading.RLock()
         self._waiting: dict[StepKey | int, Future[Any]] = {}
         self._broken: SplitLearnError | None = None
         self._agreement: Agreement | None = None

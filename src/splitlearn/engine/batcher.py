@@ -42,9 +42,10 @@ class Batcher:
             return everybody
         return self._seated(everybody)
 
-    def has_room(self, waiting: Sequence[ReadyStep]) -> bool:
-        """Whether a further step of a row would fit beside those that wait."""
-        return self._batched and sum(each.rows for each in waiting) < self._config.max_batch_rows
+    def room(self, waiting: Sequence[ReadyStep]) -> int:
+        """How many further rows would fit beside those that wait."""
+        taken = sum(each.rows for each in waiting)
+        return max(self._config.max_batch_rows - taken, 0) if self._batched else 0
 
     def joins(self, session: Session, waiting: ReadyStep) -> bool:
         """Whether the session's next step, of as many tokens, could run beside this one."""

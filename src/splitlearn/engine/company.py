@@ -64,27 +64,32 @@ class Company:
                 self._away[member.session] = Away(now, member.pause_s)
 
     def awaited(
-        self, now: float, ready: int, joins: Callable[[Session], bool], waited_s: float = 0.0
+        self, now: float, ready: int, room: int, joins: Callable[[Session], bool], waited_s: float = 0.0
     ) -> Awaited | None:
         """Whom the `ready` steps are to wait for; None where nobody is worth it.
 
-        `joins` says of a session whether its steps can run in one batch with them; they have `waited_s`
-        already, with the device idle.
+        Args:
+            now: the time.
+            ready: steps.
+            room: rows that their batch takes beside them.
+            joins: whether a session's steps can run in one batch with them.
+            waited_s: how long they have waited already, with the device idle.
         """
         limit_s = self._limit_s
         quick = [
-            (away.since, away.pause_s)
+            (session, away.since, away.pause_s)
             for session, away in self._away.items()
             if away.pause_s is not None and away.pause_s < limit_s and joins(session)
         ]
         if self._told_s is not None:
-            until = [since + self._told_s for since, _ in quick if now < since + self._told_s]
-            return Awaited(len(until), max(until) - now) if until else None
+            told = [(since + self._told_s - now, session) for session, since, _ in quick]
+            until = _that_fit(room, [each for each in told if each[0] > 0])
+            return Awaited(len(until), max(until)) if until else None
         left_s = MOST_WAITED * self._batch_s - waited_s
         if left_s <= WORTH_A_WAIT * self._batch_s:
             return None
-        due_in_s = [due_s for since, pause_s in quick if (due_s := since + pause_s - now) < left_s]
-        found = self._worth_most(sorted(due_in_s, key=abs), ready)
+        due = [(since + pause_s - now, session) for session, since, pause_s in quick]
+        found = self._worth_most(_that_fit(room, [each for each in due if each[0] < left_s]), ready)
         return found and Awaited(found.sessions, min(found.within_s, left_s))
 
     def _worth_most(self, due_in_s: list[float], ready: int) -> Awaited | None:
@@ -105,3 +110,14 @@ class Company:
     @property
     def _limit_s(self) -> float:
         return BATCHES_AWAY * self._batch_s if self._told_s is None else self._told_s
+
+
+def _that_fit(room: int, due: list[tuple[float, Session]]) -> list[float]:
+    """When these sessions are due, the nearest first, as far as their rows fit."""
+    fitting = []
+    for due_s, session in sorted(due, key=lambda each: abs(each[0])):
+        room -= session.rows
+        if room < 0:
+            break
+        fitting.append(due_s)
+    return fitting

@@ -207,16 +207,16 @@ class DecodeGraph:
         self._asked_R1D[:rows].copy_(activation_B1D)
         self._rows.place(plan, positions_B1)
         self._replay()
-        if self._trunk.device.type == "cuda":
+        if self._state_R1D.is_cuda:
             torch.cuda.current_stream(self._trunk.device).synchronize()
         return self._answer_R1D[:rows].clone()
 
     def _step(self) -> Tensor:
         """From what the host was told to the answer there, which is complete when the device has done it."""
-        self._state_R1D.copy_(self._asked_R1D, non_blocking=True)
+        self._state_R1D.copy_(self._asked_R1D, non_blocking=self._state_R1D.is_cuda)
         self._rows.bring()
         with self._compiled.in_place() if self._compiled else contextlib.nullcontext():
-            return self._answer_R1D.copy_(self._plain_step(), non_blocking=True)
+            return self._answer_R1D.copy_(self._plain_step(), non_blocking=self._state_R1D.is_cuda)
 
     def _plain_step(self) -> Tensor:
         rows, trunk = self._rows, self._trunk

@@ -81,7 +81,9 @@ class Engine:
             trunk, state, self.tape, lease_s=runs.tape_lease_s, staleness_limit=runs.staleness_limit
         )
         self._sessions = SessionTable(self.kv, sessions, trunk.max_positions, self._runs.adapter)
-        self._session_steps = SessionSteps(self._runner, self.kv, self._sessions, trunk.dtype)
+        self._session_steps = SessionSteps(
+            self._runner, self.kv, self._sessions, trunk.dtype, lambda: self.in_one_go()
+        )
         self._admission = Admission(
             self._sessions,
             self._runs,
@@ -216,9 +218,10 @@ class Engine:
 
     def _wait_for_company(self) -> None:
         began, ready = time.monotonic(), self._ready
-        while ready.has_room_for_company and not self._stopping.is_set():
+        while (room := ready.room_for_company) and not self._stopping.is_set():
             now = time.monotonic()
-            if (awaited := self._company.awaited(now, len(ready), ready.joins, now - began)) is None:
+            awaited = self._company.awaited(now, len(ready), room, ready.joins, now - began)
+            if awaited is None:
                 return
             self._queue.wait(awaited.within_s, awaited.sessions)
             self._accept()
@@ -236,10 +239,8 @@ class Engine:
 
     def _do_together(self, members: list[ReadyStep]) -> None:
         began, is_decode = time.monotonic(), members[0].work is Work.DECODE
-        with self.in_one_go():
-            unfinished = self._session_steps.do(members)
-        for member in unfinished:
-            self._ready.add(member)
+        for unfinished in self._session_steps.do(members):
+            self._ready.add(unfinished)
         if is_decode:
             self._company.ran(members, began, time.monotonic())
 

@@ -110,4 +110,4 @@ class GraphRows:
 
     def bring(self) -> None:
         """Copy to the device what was told last: a part of the graph."""
-        self._places_5R.copy_(self._told_5R, non_blocking=True)
+        self._places_5R.copy_(self._told_5R, non_blocking=self._places_5R.is_cuda)

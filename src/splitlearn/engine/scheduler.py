@@ -58,10 +58,10 @@ class Scheduler:
         self._lines[ready.work].add(ready)
 
     @property
-    def has_room_for_company(self) -> bool:
-        """Whether nothing but decode steps waits, and a batch takes further ones."""
+    def room_for_company(self) -> int:
+        """How many further rows a batch of the decode steps that wait takes; 0 where others wait, too."""
         decode = self._lines[Work.DECODE]
-        return len(self) == len(decode) and self._batcher.has_room(_sessions_steps(decode))
+        return self._batcher.room(_sessions_steps(decode)) if len(self) == len(decode) else 0
 
     def joins(self, session: Session) -> bool:
         """Whether a step of this session could run in one batch with the decode steps that wait."""

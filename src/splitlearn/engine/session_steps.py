@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import structlog
 import torch
@@ -26,9 +27,21 @@ log = structlog.get_logger("splitlearn.engine")
 
 
 class SessionSteps:
-    """Belongs to the engine's thread. A step that fails costs its own session only."""
+    """Belongs to the engine's thread. A step that fails costs its own session only.
 
-    def __init__(self, runner: Runner, kv: KvCache, sessions: SessionTable, dtype: torch.dtype) -> None:
+    Args:
+        in_one_go: what the answers of a forward are given within.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        kv: KvCache,
+        sessions: SessionTable,
+        dtype: torch.dtype,
+        in_one_go: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self._in_one_go = in_one_go
         self.ran = BatchCounts()
         self._runner = runner
         self._kv = kv
@@ -97,11 +110,12 @@ class SessionSteps:
         else:
             if plan is not None:
                 self.ran.note(plan, ran.device_us)
-            for member, activation_BTD in zip(batch, _parts(batch, ran.activation_BTD), strict=True):
-                try:
-                    self._take(member, activation_BTD, ran)
-                except Exception as error:
-                    self._fail(member, error)
+            with self._in_one_go():
+                for member, activation_BTD in zip(batch, _parts(batch, ran.activation_BTD), strict=True):
+                    try:
+                        self._take(member, activation_BTD, ran)
+                    except Exception as error:
+                        self._fail(member, error)
 
     def _take(self, member: ReadyStep, activation_BTD: Tensor, ran: Ran) -> None:
         dtype = member.step.message.activation_BTD.dtype

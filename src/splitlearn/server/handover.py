@@ -46,7 +46,9 @@ class Handover:
     def _announce(self) -> None:
         if not self._is_announced and not self._loop.is_closed():
             self._is_announced = True
-            self._loop.call_soon_threadsafe(self._do_all)
+            # It may be closed by now: then there is nobody left to answer.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._do_all)
 
     def _do_all(self) -> None:
         # Taken back first: what comes from here on wakes the loop again, rather than be left behind.

@@ -38,8 +38,8 @@ class Times:
         for _ in range(number):
             self.run(*(self.step(session, pause_s) for session in sessions))
 
-    def awaited(self, after_s: float = 0.0, ready: int = 1, waited_s: float = 0.0) -> int:
-        found = self.company.awaited(self.now + after_s, ready, lambda session: True, waited_s)
+    def awaited(self, after_s: float = 0.0, ready: int = 1, waited_s: float = 0.0, room: int = 64) -> int:
+        found = self.company.awaited(self.now + after_s, ready, room, lambda session: True, waited_s)
         return 0 if found is None else found.sessions
 
 
@@ -57,7 +57,7 @@ def test_sessions_that_come_back_soon_are_awaited(times):
     times.rounds(me, you, pause_s=SOON_S)
     assert times.awaited() == 2
     times.step(me, SOON_S)
-    found = times.company.awaited(times.now + SOON_S, ready=1, joins=lambda session: True)
+    found = times.company.awaited(times.now + SOON_S, ready=1, room=64, joins=lambda session: True)
     assert found.sessions == 1
     assert found.within_s == pytest.approx(BATCH_S / 2)
 
@@ -88,7 +88,7 @@ def test_many_do_not_wait_for_one_that_went_astray(times):
     times.rounds(*those, pause_s=SOON_S)
     for each in those[1:]:
         times.step(each, SOON_S)
-    found = times.company.awaited(times.now + SOON_S, ready=31, joins=lambda session: True)
+    found = times.company.awaited(times.now + SOON_S, ready=31, room=64, joins=lambda session: True)
     assert found.within_s == pytest.approx(BATCH_S / 32)
 
 
@@ -108,6 +108,16 @@ def test_of_many_as_many_are_awaited_as_save_most(times):
             *(times.step(each, BATCH_S / 2) for each in later),
         )
     assert times.awaited(ready=8) == 8
+
+
+@pytest.mark.parametrize("wait_ms", [None, 1000 * BATCH_S])
+def test_nobody_is_awaited_for_whom_the_batch_has_no_room(wait_ms):
+    times = Times(wait_ms)
+    those = [session(number) for number in range(8)]
+    times.rounds(*those, pause_s=SOON_S)
+    assert times.awaited(room=8) == 8
+    assert times.awaited(room=3) == 3
+    assert times.awaited(room=0) == 0
 
 
 def test_one_session_alone_never_waits(times):
@@ -170,5 +180,5 @@ def test_who_is_gone_is_forgotten(times):
 def test_who_cannot_join_is_not_awaited(times):
     near, other = session(1), session(2)
     times.rounds(near, other, pause_s=SOON_S)
-    assert times.company.awaited(times.now, 1, joins=lambda each: each is near).sessions == 1
-    assert times.company.awaited(times.now, 1, joins=lambda each: False) is None
+    assert times.company.awaited(times.now, 1, 64, joins=lambda each: each is near).sessions == 1
+    assert times.company.awaited(times.now, 1, 64, joins=lambda each: False) is None

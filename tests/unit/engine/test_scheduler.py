@@ -199,14 +199,14 @@ def test_the_same_arrivals_give_the_same_turns():
 
 
 def test_there_is_room_for_company_only_while_nothing_else_could_run():
-    assert scheduler(decode(), decode()).has_room_for_company
+    assert scheduler(decode(), decode(), max_batch_rows=5).room_for_company == 3
     for other in (prompt(), training()):
-        assert not scheduler(decode(), other).has_room_for_company
+        assert not scheduler(decode(), other).room_for_company
 
 
 def test_a_full_batch_and_steps_that_run_one_by_one_have_no_room_for_company():
-    assert not scheduler(decode(), decode(), max_batch_rows=2).has_room_for_company
-    assert not scheduler(decode(), batched=False).has_room_for_company
+    assert not scheduler(decode(), decode(), max_batch_rows=2).room_for_company
+    assert not scheduler(decode(), batched=False).room_for_company
 
 
 def test_what_is_taken_out_is_not_run():
