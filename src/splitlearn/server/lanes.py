@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("splitlearn.server")
 ON_LANES = ("chunk", "close")
+BREAKS_WITHIN_S = 0.05
 BROKE = "a connection that carried a part of a message broke: try again"
 
 
@@ -65,6 +66,8 @@ class Lane:
                 if not isinstance(message, Piece) and message.WhichOneof("content") not in ON_LANES:
                     raise MessageError("a lane carries pieces of messages, and what closes a session, only")
                 await self._stream.take(message)
+            # A call that breaks ends its requests a moment before it says so.
+            await asyncio.sleep(BREAKS_WITHIN_S)
         except Exception as error:
             self._stream.end(reason(error))
         finally:
