@@ -59,7 +59,7 @@ class Queue:
         self._events: list[tuple[float, int, str, Any]] = []
         self._loop_free_at = self._wake_at = 0.0
         self._ready: list[ReadyStep] = []
-        self._runs, self._wanted, self._idle_since = False, 0, -1.0
+        self._runs, self._wanted = False, 0
         self.answered, self.busy_s, self.batches = 0, 0.0, 0
         for number in range(sessions):
             session = Session((b"", number), 0, Precision(), (number,), 0.0)
@@ -94,15 +94,14 @@ class Queue:
     def _choose(self, now: float) -> None:
         if self._runs or not self._ready:
             return
-        self._idle_since = now if self._idle_since < 0 else self._idle_since
-        waited_s, ready = now - self._idle_since, len(self._ready)
-        awaited = self._company.awaited(now, ready, ROOM - ready, lambda session: True, waited_s)
+        ready = len(self._ready)
+        awaited = self._company.awaited(now, ready, ROOM - ready, lambda session: True)
         if awaited is not None:
             self._wanted = len(self._ready) + awaited.sessions
             self._wake_at = now + awaited.within_s
             self._at(self._wake_at, "woken", self._wake_at)
             return
-        batch, self._ready, self._runs, self._wanted, self._idle_since = self._ready, [], True, 0, -1.0
+        batch, self._ready, self._runs, self._wanted = self._ready, [], True, 0
         took_s = self._case.batch_s + self._case.row_s * len(batch)
         self.busy_s += took_s
         self.batches += 1

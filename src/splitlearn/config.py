@@ -64,8 +64,9 @@ class BatchingConfig(Settings):
     max_batch_rows: PositiveInt = 64
     """Rows (sequences) up to which steps are joined into one batch."""
     prefill_chunk_tokens: PositiveInt | None = None
-    """New tokens a row that run at once, by default 512, on a GPU 1024: a longer prompt runs in pieces, and
-    others' steps between them; fewer delay the others less, more make the prompt itself faster."""
+    """New tokens a row that run at once, by default 512, on a GPU 1024, of many rows no more than a batch
+    takes: a longer prompt runs in pieces, and others' steps between them; fewer delay the others less, more
+    make the prompt itself faster."""
     decode_share: Share = 0.5
     """Part of the turns that decode steps get while prompts or training steps wait too; a turn is one batch
     of decode steps, one batch of pieces of prompts, or one training step."""

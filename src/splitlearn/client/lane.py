@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -19,14 +18,10 @@ from splitlearn.wire.generated import splitlearn_pb2 as pb
 STEPS = f"/{pb.DESCRIPTOR.services_by_name['Trunk'].full_name}/Steps"
 Outgoing = pb.ClientMessage | Pieces
 Incoming = pb.ServerMessage | Piece
-TAKEN = pb.ServerMessage()
-"""Stands for an answer that was handed over as it was parsed."""
 
 
 class Lane:
     """Gives what arrives to `take`, in order, on a thread of its own; `ended` is called once, last.
-
-    An answer in one message is given on gRPC's own thread, which reads the next one when this thread asks.
 
     Args:
         channel: closed with the lane.
@@ -63,7 +58,7 @@ class Lane:
         """
         self.send(pb.ClientMessage(hello=hello))
         begin = self._channel.stream_stream(
-            STEPS, request_serializer=serialize, response_deserializer=self._parse
+            STEPS, request_serializer=serialize, response_deserializer=deserialize_server
         )
         self._call = begin(self._requests())
         if self._is_cancelled:
@@ -104,16 +99,6 @@ class Lane:
             else:
                 yield outgoing
 
-    def _parse(self, data: bytes) -> Incoming:
-        """On gRPC's thread: waking the reader first costs an answer as much as all that is done with it."""
-        message = deserialize_server(data)
-        if self.has_welcome and isinstance(message, pb.ServerMessage) and message.HasField("answer"):
-            # What is wrong with it the reader finds again, and ends the lane.
-            with contextlib.suppress(Exception):
-                self._take(message)
-                return TAKEN
-        return message
-
     def _read(self) -> None:
         try:
             for message in self._call:
@@ -133,8 +118,6 @@ class Lane:
             self._channel.close()
 
     def _receive(self, message: Incoming) -> None:
-        if message is TAKEN:
-            return
         if self.has_welcome:
             self._take(message)
         elif isinstance(message, pb.ServerMessage) and message.HasField("welcome"):

@@ -31,6 +31,7 @@ class Admission:
         slot_tokens: int,
         max_positions: int | None,
         chunk_tokens: int,
+        batch_tokens: int,
     ) -> None:
         self._sessions = sessions
         self._runs = runs
@@ -38,7 +39,7 @@ class Admission:
         self._bank = bank
         self._slot_tokens = slot_tokens
         self._max_positions = max_positions
-        self._chunk_tokens = chunk_tokens
+        self._chunk_tokens, self._batch_tokens = chunk_tokens, batch_tokens
         self._draining = threading.Event()
 
     def drain(self) -> None:
@@ -85,7 +86,9 @@ class Admission:
         self._sessions.check(session, step.message)
         session.running = step
         self._bank.admit(session.adapter)
-        return ReadyStep(step, session, self._chunk_tokens)
+        # A piece of many rows is no more than a batch.
+        a_row = max(self._batch_tokens // step.message.rows, 1)
+        return ReadyStep(step, session, min(self._chunk_tokens, a_row))
 
     def _check_opening(self, message: StepMessage) -> None:
         if message.key.phase is not Phase.FORWARD:

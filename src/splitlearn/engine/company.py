@@ -12,8 +12,6 @@ from splitlearn.engine.session import Session
 REMEMBERED_BATCHES = 3
 BATCHES_AWAY = 2
 """After so many batches' time nobody is expected any more."""
-MOST_WAITED = 0.5
-"""How long a device with something to do is kept idle, in batches: who comes later makes up the next one."""
 WORTH_A_WAIT = 0.02
 """What waiting must save, in batches, to be worth the engine's going to sleep."""
 
@@ -63,9 +61,7 @@ class Company:
             if member.session is not None:
                 self._away[member.session] = Away(now, member.pause_s)
 
-    def awaited(
-        self, now: float, ready: int, room: int, joins: Callable[[Session], bool], waited_s: float = 0.0
-    ) -> Awaited | None:
+    def awaited(self, now: float, ready: int, room: int, joins: Callable[[Session], bool]) -> Awaited | None:
         """Whom the `ready` steps are to wait for; None where nobody is worth it.
 
         Args:
@@ -73,7 +69,6 @@ class Company:
             ready: steps.
             room: rows that their batch takes beside them.
             joins: whether a session's steps can run in one batch with them.
-            waited_s: how long they have waited already, with the device idle.
         """
         limit_s = self._limit_s
         quick = [
@@ -85,12 +80,8 @@ class Company:
             told = [(since + self._told_s - now, session) for session, since, _ in quick]
             until = _that_fit(room, [each for each in told if each[0] > 0])
             return Awaited(len(until), max(until)) if until else None
-        left_s = MOST_WAITED * self._batch_s - waited_s
-        if left_s <= WORTH_A_WAIT * self._batch_s:
-            return None
         due = [(since + pause_s - now, session) for session, since, pause_s in quick]
-        found = self._worth_most(_that_fit(room, [each for each in due if each[0] < left_s]), ready)
-        return found and Awaited(found.sessions, min(found.within_s, left_s))
+        return self._worth_most(_that_fit(room, due), ready)
 
     def _worth_most(self, due_in_s: list[float], ready: int) -> Awaited | None:
         """Of sessions by when they are due, the first ones that save most; less than 0 is overdue."""

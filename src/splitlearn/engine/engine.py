@@ -93,6 +93,7 @@ class Engine:
             max_positions=trunk.max_positions,
             # What is not proven in a batch may depend on how far the whole prompt reaches.
             chunk_tokens=batching.chunk_tokens(trunk.device.type) if trunk.batched else 0,
+            batch_tokens=batching.max_batch_tokens,
         )
         self._company = Company(batching.wait_ms)
         self._queue = StepQueue()
@@ -217,10 +218,9 @@ class Engine:
             log.warning("runs that nobody used were closed", runs=names)
 
     def _wait_for_company(self) -> None:
-        began, ready = time.monotonic(), self._ready
+        ready = self._ready
         while (room := ready.room_for_company) and not self._stopping.is_set():
-            now = time.monotonic()
-            awaited = self._company.awaited(now, len(ready), room, ready.joins, now - began)
+            awaited = self._company.awaited(time.monotonic(), len(ready), room, ready.joins)
             if awaited is None:
                 return
             self._queue.wait(awaited.within_s, awaited.sessions)

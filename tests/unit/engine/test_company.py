@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from splitlearn.engine.company import BATCHES_AWAY, MOST_WAITED, Company
+from splitlearn.engine.company import BATCHES_AWAY, Company
 from splitlearn.engine.ready_step import ReadyStep
 from splitlearn.engine.session import Session
 from splitlearn.engine.step import Step
@@ -38,8 +38,8 @@ class Times:
         for _ in range(number):
             self.run(*(self.step(session, pause_s) for session in sessions))
 
-    def awaited(self, after_s: float = 0.0, ready: int = 1, waited_s: float = 0.0, room: int = 64) -> int:
-        found = self.company.awaited(self.now + after_s, ready, room, lambda session: True, waited_s)
+    def awaited(self, after_s: float = 0.0, ready: int = 1, room: int = 64) -> int:
+        found = self.company.awaited(self.now + after_s, ready, room, lambda session: True)
         return 0 if found is None else found.sessions
 
 
@@ -70,16 +70,6 @@ def test_who_is_overdue_is_given_up_when_the_wait_has_cost_what_it_could_save(ti
     bound_s = SOON_S + BATCH_S / (ready + 1)
     assert times.awaited(after_s=SOON_S + 0.9 * (bound_s - SOON_S), ready=ready) == 1
     assert times.awaited(after_s=bound_s, ready=ready) == 0
-
-
-def test_a_device_is_not_kept_idle_for_more_than_half_a_batch(times):
-    """Who comes later than that is the next batch, and the device is busy all the time."""
-    those = [session(number) for number in range(4)]
-    for _ in range(2):
-        times.run(*(times.step(each, number * BATCH_S / 5) for number, each in enumerate(those)))
-    times.step(those[0], 0.0)
-    assert times.awaited() == 2
-    assert times.awaited(waited_s=BATCH_S * MOST_WAITED) == 0
 
 
 def test_many_do_not_wait_for_one_that_went_astray(times):

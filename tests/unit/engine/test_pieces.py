@@ -35,9 +35,12 @@ def trunk_of(family: str) -> TrunkSegment:
 
 
 @contextmanager
-def running(family: str = "llama", chunk: int = CHUNK, **sessions) -> Iterator[Engine]:
+def running(
+    family: str = "llama", chunk: int = CHUNK, batch_tokens: int = 4096, **sessions
+) -> Iterator[Engine]:
     config = SESSIONS.model_copy(update=sessions)
-    engine = Engine(trunk_of(family), BatchingConfig(prefill_chunk_tokens=chunk), config)
+    batching = BatchingConfig(prefill_chunk_tokens=chunk, max_batch_tokens=batch_tokens)
+    engine = Engine(trunk_of(family), batching, config)
     engine.start()
     yield engine
     engine.stop()
@@ -105,6 +108,16 @@ def test_a_prompt_in_pieces_gives_what_it_gives_whole(family):
     for whole, pieces in zip(answers(family, 64, messages), answers(family, CHUNK, messages), strict=True):
         assert whole.shape == pieces.shape
         assert relative(pieces, whole) <= 1e-5
+
+
+@pytest.mark.parametrize(("batch_tokens", "a_row"), [(8, 2), (1, 1), (4096, CHUNK)])
+def test_a_prompt_of_many_rows_runs_in_pieces_that_a_batch_takes(batch_tokens, a_row):
+    message = step(1, tokens(12, rows=4))
+    with running(batch_tokens=batch_tokens) as engine:
+        plans = between(engine, 0, lambda: None)
+        in_pieces = result(engine.submit(ME, message))
+    assert len(plans) == 12 // a_row
+    assert relative(in_pieces, answers("llama", 64, [message])[0]) <= 1e-5
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt2", "gpt_oss"])
