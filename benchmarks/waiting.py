@@ -97,7 +97,7 @@ class Queue:
         ready = len(self._ready)
         awaited = self._company.awaited(now, ready, ROOM - ready, lambda session: True)
         if awaited is not None:
-            self._wanted = len(self._ready) + awaited.sessions
+            self._wanted = ready + awaited.sessions
             self._wake_at = now + awaited.within_s
             self._at(self._wake_at, "woken", self._wake_at)
             return
