@@ -49,6 +49,7 @@ SMALL: dict[str, Any] = LARGE | {
     "num_key_value_heads": 3,
 }
 PROMPT, WARM_UP, ROUNDS, WAIT_S = 32, 5, 20, 300.0
+CLIENT = b"bench"
 WHAT = ("bare", "one", "mixed", "apart")
 
 
@@ -70,7 +71,7 @@ def load(engine: Engine, adapters: int, rank: int) -> None:
         generator = torch.Generator().manual_seed(number)
         weights = {name: 0.02 * torch.randn(w.shape, generator=generator) for name, w in shapes.items()}
         message = AdapterMessage(f"adapter{number}", 1, settings, weights)
-        engine.runs.load_adapter(message).result(WAIT_S)
+        engine.runs.load_adapter(CLIENT, message).result(WAIT_S)
 
 
 def seconds_a_round(engine: Engine, sessions: int, adapter_of: Any) -> float:
@@ -80,9 +81,9 @@ def seconds_a_round(engine: Engine, sessions: int, adapter_of: Any) -> float:
     def submit(step: int) -> list[Any]:
         return [
             engine.submit(
-                number.to_bytes(16),
+                CLIENT,
                 StepMessage(
-                    StepKey(session=1, step=step),
+                    StepKey(session=number + 1, step=step),
                     prompt if step == 1 else token,
                     open=OpenSession(adapter=Versions(adapter_of(number))) if step == 1 else None,
                 ),
@@ -135,7 +136,7 @@ def main() -> None:
                 }
                 print(json.dumps(found), flush=True)
                 for number in range(asked.adapters):
-                    engine.runs.unload_adapter(f"adapter{number}").result(WAIT_S)
+                    engine.runs.unload_adapter(CLIENT, f"adapter{number}").result(WAIT_S)
                 engine.stop()
 
 

@@ -8,10 +8,12 @@ if TYPE_CHECKING:
     from splitlearn.server.trunk_server import TrunkServer
     from splitlearn.training.evaluation import TokenWeightedEvaluation, held_out_loss
     from splitlearn.training.trainer import SplitTrainer, SplitTrainerMixin
+    from splitlearn.vocabulary import CohortSettings
 
 __version__ = "0.1.0"
 __all__ = [
     "AutoSplitModelForCausalLM",
+    "CohortSettings",
     "SplitTrainer",
     "SplitTrainerMixin",
     "TokenWeightedEvaluation",
@@ -23,6 +25,7 @@ __all__ = [
 # Loaded when first asked for, so that `import splitlearn` and `splitlearn --help` need no torch.
 _HOMES = {
     "AutoSplitModelForCausalLM": "splitlearn.client.split_model",
+    "CohortSettings": "splitlearn.vocabulary",
     "SplitTrainer": "splitlearn.training.trainer",
     "SplitTrainerMixin": "splitlearn.training.trainer",
     "TokenWeightedEvaluation": "splitlearn.training.evaluation",

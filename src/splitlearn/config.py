@@ -113,6 +113,8 @@ class RunConfig(Settings):
     """How long a forward waits for its gradient before what it kept is let go."""
     staleness_limit: NonNegativeInt = 1
     """Optimizer steps that may lie between a forward and its backward; older gradients are refused."""
+    member_lease_s: PositiveFloat = 60.0
+    """A member of a cohort that neither works nor says that it is there is waited for no longer than this."""
     run_lease_s: PositiveFloat = 24 * 3600.0
     """A run that nobody has used for longer is closed; what was saved of it can be resumed from."""
     max_runs: PositiveInt = 64
@@ -125,6 +127,24 @@ class RunConfig(Settings):
     """Checkpoints that one run may have on disk."""
     disk_budget_bytes: PositiveInt = 100 * GIB
     """Disk for all that lies in `state_dir`, of all runs together; a save that does not fit is refused."""
+
+
+class QuotaConfig(Settings):
+    """What one client may hold and have done, beside what all together may; left out, no limit."""
+
+    max_sessions: PositiveInt | None = None
+    """Sessions that one client may have open at once."""
+    max_bytes: PositiveInt | None = None
+    """Memory that one client may hold: keys and values of its sessions, weights, optimizer and gradients of
+    its runs, adapters that it loaded, and what its forwards keep until their gradients come."""
+    max_tokens_per_s: PositiveFloat | None = None
+    """Tokens (rows times new tokens, of every step, forward and backward) that one client may have done each
+    second; beyond that its own steps wait, and nobody else's."""
+    burst_tokens: PositiveInt | None = None
+    """Tokens that a client which paused may have done at once, by default those of one second."""
+    turn_share: Share | None = None
+    """Part of the turns that one client's prompts and training steps may have while others write texts: with
+    0.005, one in 200 of their steps meets one. They are held back between two steps of a text, too."""
 
 
 class AnomalyConfig(Settings):
@@ -202,6 +222,7 @@ class ServerConfig(Settings):
     batching: BatchingConfig = BatchingConfig()
     sessions: SessionConfig = SessionConfig()
     runs: RunConfig = RunConfig()
+    quotas: QuotaConfig = QuotaConfig()
     limits: WireLimits = WireLimits()
 
 
@@ -218,6 +239,10 @@ class ClientConfig(Settings):
     """Deadline of a step with few tokens."""
     train_s: PositiveFloat = 600.0
     """Deadline of a training step, of a call about a run, and of moving a session."""
+    round_s: PositiveFloat = 3600.0
+    """How long a member of a cohort waits for its round, asking again meanwhile."""
+    reconnect_s: PositiveFloat = 120.0
+    """How long a member of a cohort tries to reach a server that is gone."""
     checksum: bool = True
     """Check every tensor with xxh3; left out only if the server does without, too."""
     decode_tokens: PositiveInt = 64

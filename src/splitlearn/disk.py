@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,12 +28,38 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def sizes_below(folder: Path) -> Iterator[tuple[Path, int]]:
+    """Each file below a folder with its bytes; what comes and goes meanwhile may be missed."""
+    # Unlike Path.rglob, it does not mind a folder that is gone before it is looked into.
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                file = Path(parent, name)
+                yield file, file.stat().st_size
+
+
 def make_folder(folder: Path) -> None:
     """The folder and those above it, their names on the disk. Raises FileExistsError where it is there."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True)
     for each in reversed(missing):
         sync(each.parent)
+
+
+def append(file: Path, offset: int, lines: Sequence[str]) -> None:
+    """Have these lines on the disk, from this byte of the file on; what stood there later is gone."""
+    is_new = not file.exists()
+    handle = os.open(file, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        os.ftruncate(handle, offset)
+        os.lseek(handle, offset, os.SEEK_SET)
+        with os.fdopen(os.dup(handle), "wb") as written:
+            written.write("".join(f"{line}\n" for line in lines).encode())
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    if is_new:
+        sync(file.parent)
 
 
 @contextmanager

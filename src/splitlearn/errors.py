@@ -139,6 +139,18 @@ class StaleGradient(SplitLearnError):
     """The adapter has moved on since this gradient's forward: it is refused, and that batch with it."""
 
 
+class RoundUnfinished(SplitLearnError):
+    """The cohort's round still waits for others: ask again (the client does so by itself)."""
+
+    retryable = True
+
+
+class ContributionLost(SplitLearnError):
+    """What this step's microbatches had added up to is gone: compute them again (SplitTrainer does)."""
+
+    retryable = True
+
+
 class UnappliedGradients(SplitLearnError):
     """The trunk holds gradients that no optimizer step has used: it would silently not be trained."""
 

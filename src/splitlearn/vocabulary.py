@@ -130,6 +130,63 @@ class TapeSettings:
     checkpoint_every: int = 0
 
 
+PRIVATE = "private"
+
+
+@dataclass(frozen=True, slots=True)
+class CohortSettings:
+    """Whose gradients make one optimizer step of a run together, and when that round is closed.
+
+    `rule` is one of:
+        "private": one client, each of its steps is the run's.
+        "sync": all members; nobody goes on before the round is closed.
+        "quorum": all members, or at least `quorum` of them once `timeout_s` have passed since the round's
+            first gradient; who comes later is dropped, or with `carry_late` waits for the next round.
+        "async": each member by itself, at once.
+        "buffered": any `buffer` gradients; nobody waits (FedBuff, Nguyen et al. 2022).
+
+    The first round waits for so many `members`; later ones for those that are there. A gradient whose
+    forward is s versions old counts (1 + s) ** -staleness_exponent, and is refused above
+    `staleness_limit` or after `age_limit_s` seconds (0 is no limit). `weighting` is what a member's mean
+    gradient is weighted by: "tokens", "examples" or "equal". `clip_norm` is the 2-norm that the merged
+    gradient of the trunk may have (0 does not clip).
+    """
+
+    rule: str = PRIVATE
+    members: int = 1
+    quorum: int = 0
+    timeout_s: float = 0.0
+    carry_late: bool = False
+    buffer: int = 0
+    staleness_exponent: float = 0.5
+    staleness_limit: int = 16
+    age_limit_s: float = 0.0
+    weighting: str = "tokens"
+    clip_norm: float = 0.0
+
+    @property
+    def is_private(self) -> bool:
+        return self.rule == PRIVATE
+
+
+class Fate(Enum):
+    """What became of the gradients that a member of a cohort gave."""
+
+    MERGED = 1
+    KEPT = 2
+    DROPPED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """One member's gradients in one round: `staleness` counts versions, `members` gave to the round."""
+
+    fate: Fate
+    round: int = 0
+    staleness: int = 0
+    members: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class RunSettings:
     """What a run is opened with; later members join what is there."""
@@ -141,3 +198,4 @@ class RunSettings:
     seed: int = 0
     accumulation: int = 1
     allow_download: bool = True
+    cohort: CohortSettings = CohortSettings()

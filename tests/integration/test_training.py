@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from splitlearn import AutoSplitModelForCausalLM, SplitTrainer, TrunkServer
 from splitlearn.client.training import clip_grad_norm
 from splitlearn.config import AnomalyConfig
-from splitlearn.engine.run import Run
+from splitlearn.engine.contribution import Contribution, Microbatch
 from splitlearn.errors import (
     CheckpointError,
     RunLost,
@@ -267,14 +267,14 @@ def test_with_loss_scaling_too_the_trunk_is_asked_for_its_norms_once_a_step(
 def test_an_overflow_of_the_trunk_alone_stops_the_clients_step_too(
     tmp_path: Path, folder: Path, serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    accumulate = Run.accumulate
+    add = Contribution.add_once
 
-    def overflowing(run: Run, gradients: Any, loss_scale: float) -> None:
-        if run.step == 2:
+    def overflowing(held: Contribution, microbatch: Microbatch, gradients: Any, loss_scale: float) -> None:
+        if microbatch[0] == 3:
             gradients = [each if each is None else each.fill_(float("inf")) for each in gradients]
-        accumulate(run, gradients, loss_scale)
+        add(held, microbatch, gradients, loss_scale)
 
-    monkeypatch.setattr(Run, "accumulate", overflowing)
+    monkeypatch.setattr(Contribution, "add_once", overflowing)
     seen: list[Weights] = []
 
     class Look(TrainerCallback):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator, Set
-from contextlib import contextmanager
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +16,7 @@ from splitlearn.cli.fine_tuning import ADAPTER
 from splitlearn.cli.text import load_tokenizer
 from splitlearn.cli.whole_model import load_whole
 from splitlearn.client.adapter_files import PREFIX, read_config, read_weights
-from splitlearn.errors import AdapterError, CheckpointError
+from splitlearn.errors import AdapterError
 from splitlearn.model.checkpoint import Checkpoint
 
 
@@ -98,25 +95,3 @@ class Adapter:
             raise AdapterError(f"{self.folder} cannot be merged: {error}") from None
         merged.save_pretrained(output)
         load_tokenizer(self.model).save_pretrained(output)
-
-
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A folder that appears under its name when all that is written within is there.
-
-    Raises:
-        CheckpointError: it has something in it, or cannot be written.
-    """
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise CheckpointError(f"{output} is not empty; name a new folder, or remove it first")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        growing = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    except OSError as error:
-        raise CheckpointError(f"{output} cannot be written: {error}") from None
-    try:
-        yield growing
-        growing.chmod(0o755)
-        growing.replace(output)
-    finally:
-        shutil.rmtree(growing, ignore_errors=True)

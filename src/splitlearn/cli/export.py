@@ -27,7 +27,8 @@ def export(
 
     Either is checked first: it has each weight that this adapter has on this model, and no other.
     """
-    from splitlearn.cli.adapter_export import Adapter, new_folder
+    from splitlearn.cli.adapter_export import Adapter
+    from splitlearn.cli.new_folder import new_folder
 
     adapter = Adapter.find(folder, model)
     adapter.require_fitting()

@@ -26,6 +26,7 @@ from splitlearn.config import (
     AttentionName,
     BatchingConfig,
     DTypeName,
+    QuotaConfig,
     RunConfig,
     ServerConfig,
     SessionConfig,
@@ -95,6 +96,47 @@ def serve(
     disk_budget: Annotated[
         int, setting(RunConfig, "disk_budget_bytes", "--disk-budget", parser=parse_bytes, metavar="BYTES")
     ] = f"{default_of(RunConfig, 'disk_budget_bytes') // GIB}GiB",  # type: ignore[assignment]
+    quota_sessions: Annotated[
+        int | None,
+        setting(QuotaConfig, "max_sessions", "--quota-sessions", min=1, show_default="no limit"),
+    ] = None,
+    quota_bytes: Annotated[
+        int | None,
+        setting(
+            QuotaConfig,
+            "max_bytes",
+            "--quota-bytes",
+            parser=parse_bytes,
+            metavar="BYTES",
+            show_default="no limit",
+        ),
+    ] = None,
+    quota_tokens: Annotated[
+        float | None,
+        setting(
+            QuotaConfig,
+            "max_tokens_per_s",
+            "--quota-tokens",
+            min=0,
+            metavar="TOKENS/S",
+            show_default="no limit",
+        ),
+    ] = None,
+    quota_burst: Annotated[
+        int | None,
+        setting(
+            QuotaConfig,
+            "burst_tokens",
+            "--quota-burst",
+            min=1,
+            metavar="TOKENS",
+            show_default="those of a second",
+        ),
+    ] = None,
+    quota_turns: Annotated[
+        float | None,
+        setting(QuotaConfig, "turn_share", "--quota-turns", metavar="SHARE", show_default="no limit"),
+    ] = None,
     compile: Annotated[
         Literal["auto", "off", "default", "max"], setting(ServerConfig, "compile")
     ] = default_of(ServerConfig, "compile"),
@@ -136,6 +178,13 @@ def serve(
             "training_share": training_share,
         },
         runs={"tape_budget_bytes": tape_budget, "disk_budget_bytes": disk_budget},
+        quotas={
+            "max_sessions": quota_sessions,
+            "max_bytes": quota_bytes,
+            "max_tokens_per_s": quota_tokens,
+            "burst_tokens": quota_burst,
+            "turn_share": quota_turns,
+        },
         **({} if state_dir is None else {"state_dir": state_dir}),
         sessions={"kv_budget_bytes": kv_budget, "session_tokens": session_tokens, "lease_s": lease},
     )

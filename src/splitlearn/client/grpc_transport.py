@@ -57,6 +57,7 @@ class GrpcTransport:
         identity: the model and the cut that the client has.
         config: deadlines and limits.
         format: how activations are written down.
+        client: the id by which the server knows this client, 16 secret bytes; by default drawn now.
 
     Raises:
         TrunkUnreachable, NotATrunk, ProtocolMismatch, ModelMismatch, SplitMismatch, TrunkDraining,
@@ -64,14 +65,19 @@ class GrpcTransport:
     """
 
     def __init__(
-        self, address: str, identity: ModelIdentity, config: ClientConfig, format: FrameFormat
+        self,
+        address: str,
+        identity: ModelIdentity,
+        config: ClientConfig,
+        format: FrameFormat,
+        client: bytes | None = None,
     ) -> None:
         self.address = address
         self.traffic = Traffic()
         self._identity = identity
         self._config = config
         self._codec = format.codec
-        self._client = secrets.token_bytes(CLIENT_ID_BYTES)
+        self._client = client or secrets.token_bytes(CLIENT_ID_BYTES)
         self._lock = threading.Lock()
         self._streams: dict[str, StepStream] = {}
         self._sessions: set[int] = set()
@@ -96,9 +102,15 @@ class GrpcTransport:
         request = open_run_to_proto(asked, self._client)
         return run_facts_from_proto(self._call("OpenRun", request))
 
-    def join_run(self, name: str) -> RunFacts:
-        request = pb.JoinRunRequest(name=name, client=self._client)
+    def join_run(self, name: str, member: str = "") -> RunFacts:
+        request = pb.JoinRunRequest(name=name, client=self._client, member=member)
         return run_facts_from_proto(self._call("JoinRun", request))
+
+    def renew_member(self, name: str, incarnation: int) -> None:
+        self._call("JoinRun", pb.JoinRunRequest(name=name, client=self._client, incarnation=incarnation))
+
+    def leave_run(self, name: str) -> None:
+        self._call("LeaveRun", pb.RunRequest(name=name, client=self._client))
 
     def run_facts(self, name: str) -> RunFacts:
         request = pb.RunRequest(name=name, client=self._client)

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from splitlearn.client.call_context import Call, CallContext
+from splitlearn.client.member_run import MemberRun
 from splitlearn.client.remote_cache import session_of
 from splitlearn.client.run import ClientRun, require_same
 from splitlearn.client.sent import positions_to_send, require_in_step, without_cache
 from splitlearn.client.transport import Transport
 from splitlearn.client.trunk_operation import NO_RUN, Trained, Untrained
 from splitlearn.config import ClientConfig
-from splitlearn.errors import RunLost, RunTakenOver, SettingError, UnsupportedCall
-from splitlearn.vocabulary import LoraSettings, StepKey, Timings, Versions
+from splitlearn.errors import MessageError, RunLost, RunTakenOver, SettingError, UnsupportedCall
+from splitlearn.vocabulary import LoraSettings, Merged, RunSettings, StepKey, Timings, Versions
 from splitlearn.wire.host_memory import to_host
 from splitlearn.wire.messages import (
     SAVED,
@@ -31,6 +32,8 @@ from splitlearn.wire.messages import (
 )
 
 # B rows   T new tokens   D hidden
+
+OPEN_TRIES = 5
 
 
 class RemoteTrunk(nn.Module):
@@ -95,19 +98,34 @@ class RemoteTrunk(nn.Module):
         """
         return self.run.gradient_norms()
 
-    def step(self, scale: float | None = None, learning_rate: float | None = None) -> None:
+    def step(
+        self, scale: float | None = None, learning_rate: float | None = None, weight: float = 1.0
+    ) -> Merged | None:
         """Have the trunk's optimizer step, after scaling its gradients.
 
+        In a cohort they are given to the round, which may wait for others.
+
         Args:
-            scale: what to multiply them by; by default what clipping found, else 1.
+            scale: what to multiply them by; by default what clipping found, else 1. In a cohort they are
+                then the mean of this member's batch.
             learning_rate: by default the one that the run was opened with.
+            weight: how much of a cohort's batch they stand for: its tokens, its examples, or 1, as the
+                cohort weighs.
+
+        Returns:
+            What became of them in a cohort: where they were dropped, drop your own gradients, too.
+
+        Raises:
+            ContributionLost, StaleGradient: in a cohort: zero your gradients and compute this step again.
         """
         run = self.run
-        run.apply(
+        merged = run.apply(
             self.gradient_scale if scale is None else scale,
             run.settings.optimizer.learning_rate if learning_rate is None else learning_rate,
+            weight=weight,
         )
         self.gradient_scale, self._has_stepped = 1.0, True
+        return merged
 
     def skip_step(self) -> None:
         """Drop the gradients that the trunk has accumulated, for example because others overflowed."""
@@ -139,17 +157,24 @@ class RemoteTrunk(nn.Module):
                 )
             facts = self._open_or_join(self.planned)
             require_same(facts.name, facts.settings, self.planned.settings)
-            self._run = ClientRun(self.transport, facts, self.planned.settings, self._config.train_s)
+            self._run = self._entered(facts, self.planned.settings)
         return self._run
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether the model was loaded as a cohort's member."""
+        return self.planned is not None and not self.planned.settings.cohort.is_private
+
     def save(self) -> RunFacts:
-        """Have the run written to the server's disk as it stands now.
+        """Have the run written to the server's disk as it stands now; a cohort's is there already.
 
         Raises:
             CheckpointError: it could not be written; the checkpoint before it is still there.
             RunTakenOver: somebody else trains the run now.
         """
         run = self.run
+        if self.is_shared:
+            return self.transport.run_facts(run.name)
         at = StepKey(run=run.number, incarnation=run.incarnation, step=run.step)
         return self.transport.save_run(run.name, at, self._acknowledged)
 
@@ -163,6 +188,8 @@ class RemoteTrunk(nn.Module):
     def restore(self, name: str, step: int, digest: int = 0) -> None:
         """Make the run of this name, as it was saved at this step, the model's run.
 
+        A cohort's goes on from where it stands; this member, from its own step.
+
         `digest` is what `save` told of that step: another checkpoint of the same name and step is refused.
 
         Raises:
@@ -172,12 +199,17 @@ class RemoteTrunk(nn.Module):
         planned = self.planned
         if planned is None:
             raise UnsupportedCall(NO_RUN)
-        facts = self.transport.restore_run(name, step, digest)
+        if self.is_shared:
+            facts = self.transport.join_run(name, planned.member)
+        else:
+            facts = self.transport.restore_run(name, step, digest)
         require_same(facts.name, facts.settings, planned.settings)
         self.planned = replace(planned, name=name)
         self._was_closed, self.joined_at_step, self._has_stepped = False, 0, bool(step)
         self.gradient_scale = 1.0
-        self._run = ClientRun(self.transport, facts, planned.settings, self._config.train_s)
+        self._run = self._entered(facts, planned.settings)
+        if isinstance(self._run, MemberRun):
+            self._run.go_on_from(step)
 
     def require_own_run(self) -> None:
         """Raises RunTakenOver where the run is open as another's, who restored it after ours was lost."""
@@ -195,11 +227,28 @@ class RemoteTrunk(nn.Module):
             )
 
     def close_run(self) -> None:
-        """Free what the run holds in the server's memory; what was saved of it can be resumed from."""
+        """Free what the run holds in the server's memory; what was saved of it can be resumed from.
+
+        A cohort's member leaves it.
+        """
         if self._run is not None:
             with contextlib.suppress(RunLost):
-                self.transport.close_run(self._run.name)
+                if isinstance(self._run, MemberRun):
+                    self._run.leave()
+                else:
+                    self.transport.close_run(self._run.name)
             self._run, self._was_closed = None, True
+
+    def leave(self) -> None:
+        """A cohort's rounds no longer wait for this member, until its next step; evaluating is no step."""
+        if isinstance(self._run, MemberRun):
+            with contextlib.suppress(RunLost):
+                self._run.leave()
+
+    def end(self) -> None:
+        """The model is closed: nothing is said to the server any more."""
+        if isinstance(self._run, MemberRun):
+            self._run.end()
 
     def start_over(self) -> None:
         """Delete the run, and what is saved of it, from the server: the next step opens it anew.
@@ -228,7 +277,28 @@ class RemoteTrunk(nn.Module):
         """Let the run begin with these weights; they go to the trunk when it opens."""
         self._start = adapter
 
+    def _entered(self, facts: RunFacts, settings: RunSettings) -> ClientRun:
+        if self.is_shared:
+            return MemberRun(self.transport, facts, settings, self._config)
+        return ClientRun(self.transport, facts, settings, self._config.train_s)
+
+    def _enter_cohort(self, planned: OpenRun) -> RunFacts:
+        """Whoever comes first opens the run; the others join it."""
+        for _ in range(OPEN_TRIES):
+            try:
+                self._require_joinable(self.transport.run_facts(planned.name), planned)
+                return self.transport.join_run(planned.name, planned.member)
+            except RunLost:
+                try:
+                    return self._open(planned)
+                except MessageError:
+                    # Somebody else was quicker.
+                    continue
+        raise RunLost(f"run {planned.name} could be neither joined nor opened: try again")
+
     def _open_or_join(self, planned: OpenRun) -> RunFacts:
+        if self.is_shared:
+            return self._enter_cohort(planned)
         try:
             # To join turns away who trains it now, so that comes last.
             self._require_joinable(self.transport.run_facts(planned.name), planned)
@@ -238,6 +308,9 @@ class RemoteTrunk(nn.Module):
         else:
             self.joined_at_step = joined.step
             return joined
+        return self._open(planned)
+
+    def _open(self, planned: OpenRun) -> RunFacts:
         if self._start is None or not planned.settings.lora.r:
             return self.transport.open_run(planned)
         self.transport.load_adapter(self._start)

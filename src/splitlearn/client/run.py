@@ -20,7 +20,7 @@ from splitlearn.errors import (
     TrunkUnreachable,
     UnappliedGradients,
 )
-from splitlearn.vocabulary import LoraSettings, Phase, RunSettings, StepKey, Timings
+from splitlearn.vocabulary import CohortSettings, LoraSettings, Merged, Phase, RunSettings, StepKey, Timings
 from splitlearn.wire.messages import AnswerMessage, OptimizerStep, RunFacts, RunStepMessage
 
 # B rows   T tokens   D hidden
@@ -51,7 +51,7 @@ class ClientRun:
         self, transport: Transport, facts: RunFacts, settings: RunSettings, deadline_s: float
     ) -> None:
         self.name, self.number, self.incarnation = facts.name, facts.number, facts.incarnation
-        self.step, self.version = facts.step, facts.version
+        self.step, self.version, self.member = facts.step, facts.version, facts.member
         self.settings = settings
         self.accumulation = settings.accumulation
         self.loss_scale = 1.0
@@ -159,10 +159,12 @@ class ClientRun:
         assert answer.norms is not None
         return answer.norms
 
-    def apply(self, scale: float, learning_rate: float, *, skip: bool = False) -> None:
+    def apply(
+        self, scale: float, learning_rate: float, *, skip: bool = False, weight: float = 1.0
+    ) -> Merged | None:
         """Have the trunk's optimizer step, or drop what has been accumulated.
 
-        Asked again after its answer was lost, a step is done once.
+        Asked again after its answer was lost, a step is done once. `weight` is for cohorts.
 
         Raises:
             UnappliedGradients: it is not known what the trunk holds, because an answer was lost; or it is
@@ -185,6 +187,7 @@ class ClientRun:
             self.step += 1
             self._next_microbatch = self._unapplied = 0
             self._torn.clear()
+        return answer.merged
 
     def _ask(self, message: RunStepMessage) -> AnswerMessage:
         """The answer; asked again where it was lost on the way, because the server does a step once."""
@@ -231,7 +234,8 @@ class ClientRun:
 
     def _seed(self, key: StepKey) -> int:
         """Of dropout: the same whenever this microbatch is forwarded; never 0, which is none."""
-        name = f"{self.settings.seed}/{key.step}/{key.microbatch}".encode()
+        whose = f"/{self.member}" if self.member else ""
+        name = f"{self.settings.seed}/{key.step}/{key.microbatch}{whose}".encode()
         return xxhash.xxh3_64_intdigest(name) | 1
 
     def _count_forward_again(self) -> None:
@@ -277,5 +281,9 @@ def _differences(there: RunSettings, wanted: RunSettings) -> Iterator[str]:
         yield f"autocast: {there.precision.autocast or 'off'}, not {wanted.precision.autocast or 'off'}"
     if there.seed != wanted.seed:
         yield f"seed: {there.seed}, not {wanted.seed}"
+    for each in fields(CohortSettings):
+        has, asked = getattr(there.cohort, each.name), getattr(wanted.cohort, each.name)
+        if has != asked:
+            yield f"the cohort's {each.name}: {has}, not {asked}"
     if there.allow_download != wanted.allow_download:
         yield f"allow_download: {there.allow_download}, not {wanted.allow_download}"

@@ -21,8 +21,9 @@ from splitlearn.client.call_context import watch
 from splitlearn.client.calls import describe
 from splitlearn.client.decode_graphs import ClientGraphs, takes_positions
 from splitlearn.client.grpc_transport import GrpcTransport
+from splitlearn.client.member_key import client_key
 from splitlearn.client.remote_trunk import RemoteTrunk
-from splitlearn.client.training import prepare_training
+from splitlearn.client.training import prepare_training, share_run
 from splitlearn.client.transport import Transport
 from splitlearn.config import ClientConfig
 from splitlearn.errors import SettingError, SplitMismatch, UnsupportedCall
@@ -34,7 +35,7 @@ from splitlearn.model.masks import FORMS, with_slot_masks
 from splitlearn.model.plan import SplitPlan
 from splitlearn.model.skeleton import decoder_of
 from splitlearn.model.weights import fingerprint, load_client, resolve_dtype
-from splitlearn.vocabulary import CodecId, TapeSettings
+from splitlearn.vocabulary import CodecId, CohortSettings, TapeSettings
 from splitlearn.wire.frames import FrameFormat
 from splitlearn.wire.handshake import ModelIdentity
 
@@ -70,6 +71,9 @@ class AutoSplitModelForCausalLM:
         seed: int = 0,
         tape: TapeSettings | None = None,
         allow_download: bool = True,
+        cohort: CohortSettings | None = None,
+        member: str | None = None,
+        member_key: str | Path | None = None,
         **settings: Any,
     ) -> PreTrainedModel:
         """The library's own causal LM, whose middle layers run on the trunk server.
@@ -93,6 +97,10 @@ class AutoSplitModelForCausalLM:
             seed: of the adapter's first weights and of dropout.
             tape: what the trunk keeps of a forward until its gradient comes: all of it by default.
             allow_download: whether the trunk's part of the adapter may be fetched from the server.
+            cohort: who trains the run together, by which rule; by default this client alone.
+            member: what this client is called in the cohort.
+            member_key: a file with the secret by which the server knows this member again, made where there
+                is none; without it a member is known as long as this object lives.
 
         Raises:
             TrunkUnreachable, NotATrunk, ProtocolMismatch, ModelMismatch, SplitMismatch: the server is not
@@ -109,12 +117,14 @@ class AutoSplitModelForCausalLM:
             _identity(checkpoint, plan),
             client_config,
             FrameFormat(CodecId[client_config.codec.upper()]),
+            client_key(member_key),
         )
         try:
             model = connect(
                 checkpoint, plan, transport, client_config, weights_dtype, device, attn_implementation
             )
             prepare_training(model, lora, run, freeze, seed, tape, full=full, allow_download=allow_download)
+            share_run(model, cohort, member)
             return model
         except BaseException:
             transport.close()
@@ -212,6 +222,7 @@ class SplitModel:
 
     def close(self) -> None:
         """End the connection; open sessions on the server are freed."""
+        self.trunk.end()
         self.trunk.transport.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:

@@ -27,7 +27,14 @@ from splitlearn.client.run import require_same
 from splitlearn.client.trunk_operation import NO_RUN
 from splitlearn.errors import AdapterError, SettingError, UnsupportedCall
 from splitlearn.model.lora import ADAPTER, add_lora, settings_of
-from splitlearn.vocabulary import LoraSettings, OptimizerSettings, Precision, RunSettings, TapeSettings
+from splitlearn.vocabulary import (
+    CohortSettings,
+    LoraSettings,
+    OptimizerSettings,
+    Precision,
+    RunSettings,
+    TapeSettings,
+)
 from splitlearn.wire.messages import OpenRun
 
 NOT_TRAINED = LoraSettings(r=0)
@@ -85,6 +92,24 @@ def prepare_training(
         start_from(model, trunk, folder)
 
 
+def share_run(model: PreTrainedModel, cohort: CohortSettings | None, member: str | None) -> None:
+    """Plan the run as one that a cohort trains; without `cohort` nothing is done.
+
+    Raises:
+        SettingError: there is no run to share, or the cohort is not known by name.
+    """
+    trunk = trunk_of(model)
+    if cohort is None or cohort.is_private:
+        if member is not None:
+            raise SettingError("give cohort=CohortSettings(...) with member=: a private run has no members")
+        return
+    if trunk.planned is None or not trunk.is_named:
+        raise SettingError("a cohort trains a run that all its members name: give lora= and run='...'")
+    settings = replace(trunk.planned.settings, cohort=cohort)
+    name = member or f"member-{secrets.token_hex(4)}"
+    trunk.planned = replace(trunk.planned, settings=settings, member=name)
+
+
 def _require_writable(model: PreTrainedModel, freeze: Collection[str], full: Collection[str]) -> None:
     """PEFT's file says which layers have an adapter, but adapters of experts' fused weights are in all.
 
@@ -124,6 +149,9 @@ def clip_grad_norm(model: nn.Module, max_norm: float, trunk_norms: Tensor | None
         max_norm: the 2-norm that the gradients may have together.
         trunk_norms: what `model.trunk.grad_norms()` gave, where it has been asked already.
 
+    In a cohort the trunk's gradients are clipped with the others' (`CohortSettings.clip_norm`), and here
+    bottom and top by their own norm.
+
     Returns:
         Their norm before (a scalar); not finite where one of them is not.
     """
@@ -132,7 +160,9 @@ def clip_grad_norm(model: nn.Module, max_norm: float, trunk_norms: Tensor | None
         [each.grad for each in side if each.grad is not None] for side in parameters_around(model, trunk)
     )
     device = next((gradient.device for gradient in (*below, *above)), torch.device("cpu"))
-    between = trunk.grad_norms() if trunk_norms is None else trunk_norms
+    between = trunk.grad_norms() if trunk_norms is None and not trunk.is_shared else trunk_norms
+    if between is None or trunk.is_shared:
+        between = torch.empty(0)
     # What an earlier clipping left of them; the trunk scales its gradients when it steps.
     between = (between[between != -1] * trunk.gradient_scale).to(device)
     norms = [*_norms(below), *between.unbind(), *_norms(above)]

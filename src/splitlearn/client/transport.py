@@ -60,8 +60,16 @@ class Transport(Protocol):
         """Begin a run; raises where its name is taken."""
         ...
 
-    def join_run(self, name: str) -> RunFacts:
-        """Take a run over in a new incarnation; raises RunLost where there is none."""
+    def join_run(self, name: str, member: str = "") -> RunFacts:
+        """Take a run over in a new incarnation, or be this member of it; raises RunLost for none."""
+        ...
+
+    def renew_member(self, name: str, incarnation: int) -> None:
+        """Say that this cohort's member is there; raises RunLost or RunTakenOver where it is not one."""
+        ...
+
+    def leave_run(self, name: str) -> None:
+        """Be no member of this run any more; raises RunLost where it was none."""
         ...
 
     def run_facts(self, name: str) -> RunFacts:

@@ -1,13 +1,16 @@
-"""Adapters that a generation session can name: those that were loaded, and those of the runs."""
+"""Adapters that clients have loaded, each for itself: sessions can name them, and runs begin with them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from splitlearn.engine.account import Account, Accounts
 from splitlearn.engine.trunk_state import AdapterVersion, TrunkState
 from splitlearn.errors import AdapterError, MessageError, ResourceExhausted
 from splitlearn.model import lora
@@ -15,33 +18,49 @@ from splitlearn.vocabulary import LoraSettings
 from splitlearn.wire.messages import AdapterMessage
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LoadedAdapter:
     """An adapter that nobody trains here."""
 
     lora: LoraSettings
     version: AdapterVersion
+    account: Account
+    used_at: float
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(weight.nbytes for weight in self.version.weights.values())
 
 
 class AdapterTable:
-    """Belongs to the engine's thread."""
+    """Belongs to the engine's thread. A name is its client's own: two clients may use the same."""
 
-    def __init__(self, state: TrunkState, max_adapters: int) -> None:
+    def __init__(
+        self,
+        state: TrunkState,
+        max_adapters: int,
+        accounts: Accounts | None = None,
+        *,
+        lease_s: float = math.inf,
+    ) -> None:
         self._state = state
         self._max_adapters = max_adapters
-        self._loaded: dict[str, LoadedAdapter] = {}
+        self._lease_s = lease_s
+        self._accounts = accounts or Accounts()
+        self._loaded: dict[tuple[bytes, str], LoadedAdapter] = {}
 
     def __len__(self) -> int:
         return len(self._loaded)
 
-    def load(self, message: AdapterMessage) -> LoadedAdapter:
-        """Put an adapter's weights beside the trunk.
+    def load(self, client: bytes, message: AdapterMessage) -> LoadedAdapter:
+        """Put an adapter's weights beside the trunk, for this client alone.
 
         Raises:
-            MessageError: the name is taken; ResourceExhausted: there are enough adapters.
+            MessageError: the client has one of this name; ResourceExhausted: there are enough adapters, or
+                this one is more than the client's quota allows.
             AdapterError: the weights are not those that the settings make in this trunk.
         """
-        if message.name in self._loaded:
+        if (client, message.name) in self._loaded:
             raise MessageError(f"adapter {message.name!r} is loaded already: unload it, or take another name")
         if len(self._loaded) >= self._max_adapters:
             raise ResourceExhausted(
@@ -50,32 +69,52 @@ class AdapterTable:
                 facts={"adapters": len(self._loaded), "max_adapters": self._max_adapters},
             )
         lora.check(message.lora)
+        account = self._accounts.of(client)
         slot = self._state.new_slot()
         expected = self._state.slots.add(slot, message.lora, seed=0)
         try:
-            weights = fitting(message.weights, expected)
-        except AdapterError:
+            version = AdapterVersion(message.name, slot, 1, fitting(message.weights, expected))
+            loaded = LoadedAdapter(message.lora, version, account, time.monotonic())
+            account.take(loaded.held_bytes, f"adapter {message.name}")
+        except (AdapterError, ResourceExhausted):
             self._state.slots.remove(slot)
             raise
-        loaded = LoadedAdapter(message.lora, AdapterVersion(message.name, slot, 1, weights))
-        self._loaded[message.name] = loaded
+        self._loaded[client, message.name] = loaded
         return loaded
 
-    def find(self, name: str) -> LoadedAdapter | None:
-        return self._loaded.get(name)
+    def find(self, client: bytes, name: str) -> LoadedAdapter | None:
+        """Whatever others have loaded under this name."""
+        if (loaded := self._loaded.get((client, name))) is not None:
+            loaded.used_at = time.monotonic()
+        return loaded
 
-    def unload(self, name: str) -> int:
+    def unload(self, client: bytes, name: str) -> int:
         """The bytes that this frees; sessions that generate with the adapter end at their next step.
 
         Raises:
-            AdapterError: it is not loaded.
+            AdapterError: this client has not loaded it.
         """
-        loaded = self._loaded.pop(name, None)
+        loaded = self._loaded.pop((client, name), None)
         if loaded is None:
             raise AdapterError(f"no adapter {name!r} is loaded on this server")
         assert loaded.version.slot is not None
         self._state.slots.remove(loaded.version.slot)
-        return sum(weight.nbytes for weight in loaded.version.weights.values())
+        loaded.account.give_back(loaded.held_bytes)
+        return loaded.held_bytes
+
+    def expire(self, now: float, held: Collection[AdapterVersion]) -> list[str]:
+        """Unload those that nobody has named for the lease and no session holds; their names.
+
+        A client that is gone for good would leave its own here, where nobody else can unload them.
+        """
+        idle = [
+            key
+            for key, loaded in self._loaded.items()
+            if loaded.used_at + self._lease_s < now and loaded.version not in held
+        ]
+        for client, name in idle:
+            self.unload(client, name)
+        return [name for _, name in idle]
 
 
 def fitting(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,13 +7,14 @@ import time
 from typing import Any
 
 from splitlearn.engine.adapter_bank import AdapterBank
+from splitlearn.engine.pacing import Pacing
 from splitlearn.engine.ready_step import ReadyRunStep, ReadyStep
 from splitlearn.engine.run_table import RunTable
 from splitlearn.engine.session import require_room
 from splitlearn.engine.session_table import SessionTable
 from splitlearn.engine.step import Step
 from splitlearn.engine.trunk_state import TrunkState
-from splitlearn.errors import MessageError, StepOutOfOrder, TrunkDraining
+from splitlearn.errors import MessageError, ResourceExhausted, StepOutOfOrder, TrunkDraining
 from splitlearn.vocabulary import Phase
 from splitlearn.wire.messages import RunStepMessage, StepMessage
 
@@ -27,6 +28,7 @@ class Admission:
         runs: RunTable,
         state: TrunkState,
         bank: AdapterBank,
+        pacing: Pacing,
         *,
         slot_tokens: int,
         max_positions: int | None,
@@ -37,6 +39,7 @@ class Admission:
         self._runs = runs
         self._state = state
         self._bank = bank
+        self._pacing = pacing
         self._slot_tokens = slot_tokens
         self._max_positions = max_positions
         self._chunk_tokens, self._batch_tokens = chunk_tokens, batch_tokens
@@ -50,13 +53,25 @@ class Admission:
             raise TrunkDraining("the server is stopping and opens no new session: try another, or later")
 
     def admit(self, step: Step[Any]) -> ReadyStep | ReadyRunStep | None:
-        """What is to wait for its turn; None where the step was done before, or runs already.
+        """What is to wait for its turn.
+
+        None where the step was done before, or runs already, or waits until its client's quota allows it.
 
         Raises:
             SplitLearnError: what the step asks for cannot be done.
         """
+        ready = self._to_be_done(step)
+        try:
+            held_back = ready is not None and self._pacing.holds_back(ready, time.monotonic())
+        except ResourceExhausted:
+            if isinstance(ready, ReadyStep) and ready.session is not None:
+                self._sessions.let_go(ready.session, ready.step)
+            raise
+        return None if held_back else ready
+
+    def _to_be_done(self, step: Step[Any]) -> ReadyStep | ReadyRunStep | None:
         if isinstance(step.message, RunStepMessage):
-            return ReadyRunStep(step, self._runs.find(step.message.key))
+            return ReadyRunStep(step, self._runs.find(step.client, step.message.key))
         self._check_opening(step.message)
         if step.message.key.session == 0:
             return self._admit_lone(step)

@@ -17,13 +17,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from splitlearn.disk import claimed, digest, is_claimed, make_folder, sync
+from splitlearn.disk import append, claimed, digest, is_claimed, make_folder, sizes_below, sync
+from splitlearn.engine import offers
 from splitlearn.engine.disk_budget import DiskBudget
+from splitlearn.engine.offers import CohortSnapshot
 from splitlearn.errors import CheckpointError, another_training, first_line
-from splitlearn.vocabulary import LoraSettings, OptimizerSettings, Precision, RunSettings, TapeSettings
+from splitlearn.vocabulary import (
+    CohortSettings,
+    LoraSettings,
+    OptimizerSettings,
+    Precision,
+    RunSettings,
+    TapeSettings,
+)
 
-FORMAT = 1
+FORMAT = 2
+"""1 knew no cohorts; it is read as a private run."""
 WEIGHTS, OPTIMIZER, NOTE = "adapter.safetensors", "optimizer.safetensors", "run.json"
+KEPT, LEDGER = "kept.safetensors", "ledger.jsonl"
+ROUNDS_KEPT = 2
 DIGEST_DIGITS = 16
 HEADER_BYTES, NOTE_BYTES = 128, 1024
 """More than a tensor's entry takes in its file, and more than a note takes beside its settings."""
@@ -42,6 +54,7 @@ class RunSnapshot:
     settings: RunSettings
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
+    cohort: CohortSnapshot | None = None
 
 
 class RunStore:
@@ -97,6 +110,41 @@ class RunStore:
                 ) from None
             shutil.rmtree(former, ignore_errors=True)
 
+    def keep_round(self, snapshot: RunSnapshot) -> None:
+        """A cohort's run as it stands, after its ledger; of the older ones the last stays.
+
+        Raises:
+            CheckpointError, ResourceExhausted: as `write`.
+        """
+        assert snapshot.cohort is not None
+        folder = self._folder / snapshot.name
+        try:
+            if not folder.exists():
+                make_folder(folder)
+            append(folder / LEDGER, snapshot.cohort.offset, snapshot.cohort.lines)
+        except OSError as error:
+            raise CheckpointError(
+                f"the ledger of run {snapshot.name} could not be written ({_why(error)}): make room in the "
+                "server's --state-dir; what was written before is still there"
+            ) from None
+        self.write(snapshot)
+        self.forget_before(snapshot.name, self.steps(snapshot.name)[-ROUNDS_KEPT:][0])
+
+    def ledger(self, name: str) -> list[str]:
+        """The lines of a cohort's ledger that the newest checkpoint covers.
+
+        Raises:
+            CheckpointError: it is shorter than that.
+        """
+        newest = self.read(name, self.steps(name)[-1])
+        end = newest.cohort.offset if newest.cohort is not None else 0
+        text = (self._folder / name / LEDGER).read_bytes() if end else b""
+        if len(text) < end:
+            raise CheckpointError(
+                f"the ledger of run {name} is torn: {len(text):,} of {end:,} bytes are there"
+            )
+        return text[:end].decode().splitlines()
+
     def clear_up(self) -> None:
         """What a killed server left unfinished goes; a checkpoint that it had put aside comes back."""
         for run in self._runs():
@@ -130,10 +178,15 @@ class RunStore:
             for file, written in note["digests"].items():
                 if digest(folder / file) != written:
                     raise CheckpointError(_torn(name, step))
-            weights, optimizer = load_file(folder / WEIGHTS), load_file(folder / OPTIMIZER)
-            settings = _settings(note["settings"])
             return RunSnapshot(
-                name, note["step"], note["version"], note["skipped"], settings, weights, optimizer
+                name,
+                note["step"],
+                note["version"],
+                note["skipped"],
+                _settings(note["settings"]),
+                load_file(folder / WEIGHTS),
+                load_file(folder / OPTIMIZER),
+                _cohort(note.get("cohort"), folder),
             )
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             raise CheckpointError(_torn(name, step)) from None
@@ -159,11 +212,7 @@ class RunStore:
 
     def bytes(self, name: str) -> int:
         """Bytes on the disk; what comes and goes meanwhile may be missed."""
-        size = 0
-        for file in (self._folder / name).rglob("*"):
-            with contextlib.suppress(FileNotFoundError):
-                size += file.stat().st_size if file.is_file() else 0
-        return size
+        return sum(size for _, size in sizes_below(self._folder / name))
 
     def _room_for(
         self, snapshot: RunSnapshot, unfinished: Path, what: str
@@ -187,13 +236,16 @@ class RunStore:
 def _write_files(snapshot: RunSnapshot, folder: Path) -> None:
     save_file(dict(snapshot.weights), folder / WEIGHTS)
     save_file(dict(snapshot.optimizer), folder / OPTIMIZER)
+    if snapshot.cohort is not None:
+        save_file(dict(offers.tensors(snapshot.cohort.kept)), folder / KEPT)
     note = {
         "format": FORMAT,
         "step": snapshot.step,
         "version": snapshot.version,
         "skipped": snapshot.skipped,
         "settings": asdict(snapshot.settings),
-        "digests": {name: digest(folder / name) for name in (WEIGHTS, OPTIMIZER)},
+        "cohort": None if snapshot.cohort is None else offers.told(snapshot.cohort),
+        "digests": {file.name: digest(file) for file in sorted(folder.iterdir())},
     }
     note["digest"] = _digest_of_note(note)
     (folder / NOTE).write_text(json.dumps(note, indent=1))
@@ -229,6 +281,9 @@ def _bytes_of(snapshot: RunSnapshot) -> int:
     """At least what its files will take."""
     tensors = {**snapshot.weights, **snapshot.optimizer}
     note = len(json.dumps(asdict(snapshot.settings), indent=1))
+    if (cohort := snapshot.cohort) is not None:
+        tensors |= dict(offers.tensors(cohort.kept))
+        note += len(json.dumps(offers.told(cohort), indent=1)) + cohort.end - cohort.offset
     headers = sum(HEADER_BYTES + len(name.encode()) for name in tensors)
     return sum(each.nbytes for each in tensors.values()) + headers + 2 * note + NOTE_BYTES
 
@@ -252,8 +307,13 @@ def _settings(told: dict[str, Any]) -> RunSettings:
             "optimizer": OptimizerSettings(**told["optimizer"]),
             "tape": TapeSettings(**told["tape"]),
             "precision": Precision(**told["precision"]),
+            "cohort": CohortSettings(**told.get("cohort", {})),
         }
     )
+
+
+def _cohort(told: dict[str, Any] | None, folder: Path) -> CohortSnapshot | None:
+    return None if told is None else offers.restored(told, load_file(folder / KEPT))
 
 
 def _torn(name: str, step: int) -> str:

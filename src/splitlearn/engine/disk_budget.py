@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from splitlearn.disk import sizes_below
 from splitlearn.errors import ResourceExhausted
 
 NAMED = 3
@@ -61,10 +61,9 @@ class DiskBudget:
         size = Counter[str]()
         for folder, needed in self._being_written.items():
             size[folder.relative_to(self._folder).parts[0]] += needed
-        for file in self._folder.rglob("*"):
-            with contextlib.suppress(FileNotFoundError):
-                if file.is_file() and self._being_written.keys().isdisjoint(file.parents):
-                    size[file.relative_to(self._folder).parts[0]] += file.stat().st_size
+        for file, its_size in sizes_below(self._folder):
+            if self._being_written.keys().isdisjoint(file.parents):
+                size[file.relative_to(self._folder).parts[0]] += its_size
         return size
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from typing import Any
 import structlog
 import torch
 
-from splitlearn.config import BatchingConfig, CompileMode, RunConfig, SessionConfig
+from splitlearn.config import BatchingConfig, CompileMode, QuotaConfig, RunConfig, SessionConfig
+from splitlearn.engine.account import Accounts
 from splitlearn.engine.adapter_bank import AdapterBank
 from splitlearn.engine.adapter_table import AdapterTable
 from splitlearn.engine.admission import Admission
@@ -21,13 +23,14 @@ from splitlearn.engine.batch_plan import BatchCounts
 from splitlearn.engine.company import Company
 from splitlearn.engine.decode_graphs import DecodeGraphs
 from splitlearn.engine.failures import explained, stopped
-from splitlearn.engine.kv_cache import KvCache
-from splitlearn.engine.ready_step import ReadyRunStep, ReadyStep, Work
+from splitlearn.engine.pacing import Pacing
+from splitlearn.engine.ready_step import Ready, ReadyRunStep, ReadyStep, Work
 from splitlearn.engine.run_requests import RunRequests
 from splitlearn.engine.run_steps import RunSteps
 from splitlearn.engine.run_table import RunTable
-from splitlearn.engine.runner import Runner, measure_layers, timed
+from splitlearn.engine.runner import Runner, kv_cache_of, timed
 from splitlearn.engine.scheduler import Scheduler
+from splitlearn.engine.session import Session
 from splitlearn.engine.session_moves import SessionMoves
 from splitlearn.engine.session_steps import SessionSteps
 from splitlearn.engine.session_table import SessionTable
@@ -58,12 +61,13 @@ class Engine:
         runs: RunConfig | None = None,
         *,
         compile: CompileMode = "off",
+        quotas: QuotaConfig | None = None,
     ) -> None:
-        runs = runs or RunConfig()
+        runs, quotas = runs or RunConfig(), quotas or QuotaConfig()
         self.trunk = trunk
         compile = compile_mode(compile, trunk.device)
         graphed = compile != "off" and trunk.batched
-        self.kv = _kv_cache(trunk, sessions, spare=graphed)
+        self.kv = kv_cache_of(trunk, sessions, spare=graphed)
         self._state = state = TrunkState(trunk, compiled=compile == "max")
         self.bank = AdapterBank(state.slots, batching.adapter_bank_bytes)
         self.graphs = (
@@ -75,20 +79,23 @@ class Engine:
         )
         self._runner = Runner(trunk, self.kv, state, self.bank, self.graphs)
         self.tape = Tape(runs.tape_budget_bytes)
-        adapters = AdapterTable(state, runs.max_adapters)
-        self._runs = RunTable(state, self.tape, runs, adapters)
+        accounts = Accounts(quotas)
+        self._adapters = adapters = AdapterTable(state, runs.max_adapters, accounts, lease_s=runs.run_lease_s)
+        self._runs = RunTable(state, self.tape, runs, adapters, accounts)
         self._run_steps = RunSteps(
             trunk, state, self.tape, lease_s=runs.tape_lease_s, staleness_limit=runs.staleness_limit
         )
-        self._sessions = SessionTable(self.kv, sessions, trunk.max_positions, self._runs.adapter)
+        self._sessions = SessionTable(self.kv, sessions, trunk.max_positions, self._runs.adapter, accounts)
         self._session_steps = SessionSteps(
             self._runner, self.kv, self._sessions, trunk.dtype, lambda: self.in_one_go()
         )
+        self._pacing = Pacing(quotas)
         self._admission = Admission(
             self._sessions,
             self._runs,
             state,
             self.bank,
+            self._pacing,
             slot_tokens=self.kv.slot_tokens,
             max_positions=trunk.max_positions,
             # What is not proven in a batch may depend on how far the whole prompt reaches.
@@ -181,13 +188,26 @@ class Engine:
             self._refuse_the_rest()
 
     def _turn(self) -> None:
-        self._queue.wait(0 if self._ready else EXPIRY_CHECK_S)
+        now = time.monotonic()
+        patience_s = self._pacing.next_in_s(now, at_most=self._patience_s())
+        self._queue.wait(0 if self._ready else patience_s)
         self._accept()
+        self._tick()
         self.bank.keep(self._sessions.adapters())
         self._expire()
         if self._ready:
             self._wait_for_company()
             self._run_next_batch()
+
+    def _patience_s(self) -> float:
+        """How long nothing happens if nobody comes."""
+        due_at = min((cohort.due_at for cohort in self._runs.cohorts), default=math.inf)
+        return min(max(due_at - time.monotonic(), 0.0), EXPIRY_CHECK_S)
+
+    def _tick(self) -> None:
+        for cohort in self._runs.cohorts:
+            if cohort.due_at <= (now := time.monotonic()):
+                cohort.tick(now)
 
     def _accept(self) -> None:
         for item in self._queue.take():
@@ -195,36 +215,49 @@ class Engine:
                 self._admit(item)
             else:
                 item()
+        if self._pacing:
+            for ready in self._pacing.released(time.monotonic()):
+                self._let_wait(ready)
 
     def _admit(self, step: Step[Any]) -> None:
         try:
             if (ready := self._admission.admit(step)) is not None:
-                self._ready.add(ready)
-                if isinstance(ready, ReadyStep):
-                    self._company.came(ready)
+                self._let_wait(ready)
         except Exception as error:
             step.fail(explained(error))
+
+    def _let_wait(self, ready: Ready) -> None:
+        self._ready.add(ready)
+        if isinstance(ready, ReadyStep):
+            self._company.came(ready)
 
     def _expire(self) -> None:
         """Now and then: it looks at everything that is held."""
         if (now := time.monotonic()) < self._expire_at:
             return
         self._expire_at = now + EXPIRY_CHECK_S
+        self._pacing.forget_full(now)
         if expired := self._sessions.expire(now):
             log.info("sessions expired", sessions=expired)
         if expired := self.tape.expire(now):
             log.info("forwards without a backward expired", forwards=expired)
         if names := self._runs.expire(now):
             log.warning("runs that nobody used were closed", runs=names)
+        if names := self._adapters.expire(now, set(self._sessions.adapters())):
+            log.warning("adapters that nobody used were unloaded", adapters=names)
 
     def _wait_for_company(self) -> None:
         ready = self._ready
         while (room := ready.room_for_company) and not self._stopping.is_set():
-            awaited = self._company.awaited(time.monotonic(), len(ready), room, ready.joins)
+            awaited = self._company.awaited(time.monotonic(), len(ready), room, self._joins_soon)
             if awaited is None:
                 return
             self._queue.wait(awaited.within_s, awaited.sessions)
             self._accept()
+
+    def _joins_soon(self, session: Session) -> bool:
+        """Whether the session's next step could run with those that wait: its client may go on at once."""
+        return self._ready.joins(session) and not self._pacing.is_broke(session.id[0], time.monotonic())
 
     def _run_next_batch(self) -> None:
         self._give_up_late_steps()
@@ -239,16 +272,18 @@ class Engine:
 
     def _do_together(self, members: list[ReadyStep]) -> None:
         began, is_decode = time.monotonic(), members[0].work is Work.DECODE
-        for unfinished in self._session_steps.do(members):
-            self._ready.add(unfinished)
+        unfinished = self._session_steps.do(members)
+        now = time.monotonic()
+        for member in unfinished:
+            if not self._pacing.holds_back_piece(member, now):
+                self._ready.add(member)
         if is_decode:
-            self._company.ran(members, began, time.monotonic())
+            self._company.ran(members, began, now)
+            self._pacing.ran(members, now)
 
     def _give_up_late_steps(self) -> None:
         now = time.monotonic()
-        for late in self._ready.take_out_where(
-            lambda each: each.step.deadline < now or each.step.is_cancelled
-        ):
+        for late in self._taken_out_where(lambda each: each.step.deadline < now or each.step.is_cancelled):
             if isinstance(late, ReadyStep):
                 self._session_steps.give_up(late)
             else:
@@ -256,36 +291,34 @@ class Engine:
                     StepTimeout("the step waited longer than its deadline and was not run: ask again")
                 )
 
+    def _taken_out_where(self, wanted: Callable[[Ready], bool]) -> list[Ready]:
+        return [*self._ready.take_out_where(wanted), *self._pacing.take_out_where(wanted)]
+
     def _do(self, member: ReadyRunStep) -> None:
         """A run's step; one that fails leaves the run as it was, so that it can be asked again, or broken."""
         step = member.step
         queued_us = int((time.monotonic() - step.arrived_at) * 1e6)
         try:
             with timed(self.trunk.device) as clock:
-                answer = self._run_steps.do(self._runs.find(step.message.key), step.message)
+                found = self._runs.find(step.client, step.message.key)
+                answer = self._run_steps.do(found, step.message)
         except Exception as error:
             step.fail(explained(error))
+            return
+        if answer is None:
+            assert found.run.cohort is not None
+            found.run.cohort.park(found, step)
         else:
             step.answer(replace(answer, timings=Timings(queued_us=queued_us, device_us=clock.us)))
 
     def _refuse_the_rest(self) -> None:
-        for member in self._ready.take_out_where(lambda each: True):
+        for member in self._taken_out_where(lambda each: True):
             member.step.fail(stopped())
+        for cohort in self._runs.cohorts:
+            cohort.end(stopped())
         for item in self._queue.take():
             if isinstance(item, Step):
                 item.fail(stopped())
             else:
                 # A request answers its own future, with an error if need be.
                 item()
-
-
-def _kv_cache(trunk: TrunkSegment, config: SessionConfig, *, spare: bool) -> KvCache:
-    tokens = min(config.session_tokens, trunk.max_positions or config.session_tokens)
-    return KvCache(
-        measure_layers(trunk),
-        budget_bytes=config.kv_budget_bytes,
-        slot_tokens=tokens,
-        dtype=trunk.dtype,
-        device=trunk.device,
-        spare=spare,
-    )

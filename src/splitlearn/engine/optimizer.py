@@ -31,6 +31,13 @@ def require_known(settings: OptimizerSettings) -> None:
         raise SettingError(f"torch refuses {settings}: {error}") from None
 
 
+def state_bytes(settings: OptimizerSettings, weight_bytes: int) -> int:
+    """What the optimizer will keep of so many bytes of weights, from its first step on."""
+    if settings.name == "sgd":
+        return weight_bytes if settings.momentum else 0
+    return 2 * weight_bytes
+
+
 def _adamw(settings: OptimizerSettings, weights: Sequence[Tensor], **how: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         weights,

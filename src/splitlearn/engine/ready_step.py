@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from splitlearn.engine.run import Run
+from splitlearn.engine.member import Member
 from splitlearn.engine.session import Session
 from splitlearn.engine.step import DECODE_TOKENS, Step
 from splitlearn.wire.messages import RunStepMessage, StepMessage
@@ -111,7 +111,7 @@ class ReadyRunStep:
     """Runs alone: gradients of several runs have nothing to share but the base."""
 
     step: Step[RunStepMessage]
-    run: Run
+    member: Member
     work: ClassVar[Work] = Work.TRAINING
 
     @property

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import structlog
 import torch
 from torch import Tensor
 
 from splitlearn.engine import optimizer
+from splitlearn.engine.account import Account, unlimited
 from splitlearn.engine.checkpoint import RunSnapshot
+from splitlearn.engine.cohort import Cohort
+from splitlearn.engine.member import Member, key_of
 from splitlearn.engine.trunk_state import AdapterVersion
-from splitlearn.errors import AccessDenied, CheckpointError, MessageError, RunBroken, StepOutOfOrder
+from splitlearn.errors import AccessDenied, CheckpointError, MessageError, RunBroken, RunLost
 from splitlearn.vocabulary import RunSettings
-from splitlearn.wire.messages import BROKEN, OPEN, AdapterMessage, AnswerMessage, OptimizerStep, RunFacts
+from splitlearn.wire.messages import BROKEN, OPEN, AdapterMessage, OptimizerStep, RunFacts
 
-NO_GRADIENT = -1.0
 STATE_OF = "|"
 log = structlog.get_logger("splitlearn.engine")
-
-Microbatch = tuple[int, int]
-"""The optimizer step that its forward was for, and its number in it."""
 
 
 class Run:
@@ -32,17 +32,9 @@ class Run:
     """
 
     def __init__(
-        self,
-        name: str,
-        number: int,
-        settings: RunSettings,
-        slot: str | None,
-        weights: dict[str, Tensor],
-        client: bytes,
+        self, name: str, settings: RunSettings, slot: str | None, weights: dict[str, Tensor], client: bytes
     ) -> None:
-        self.name, self.number, self.settings = name, number, settings
-        self.client = client
-        self.incarnation = 1
+        self.name, self.settings = name, settings
         self.used_at = time.monotonic()
         self.step = 0
         self.slot = slot
@@ -50,25 +42,62 @@ class Run:
         self.optimizer = optimizer.build(settings.optimizer, self._weights) if weights else None
         self.current = self._published(0)
         self.skipped = 0
-        self._gradients: list[Tensor | None] = [None] * len(weights)
-        self._accumulated: set[Microbatch] = set()
-        self._last_step: AnswerMessage | None = None
+        self.client = client
+        self.owner = Member(self, "", key_of(client))
+        """Whose steps are a private run's."""
+        self.cohort: Cohort | None = None
+        """Who shares the run, where it is not private."""
         self._broken = ""
         """What failed halfway, where something did."""
+        self.account = unlimited()
+        self.account.take(self.held_bytes, name)
+
+    @property
+    def held_bytes(self) -> int:
+        """What the run comes to hold: its weights, their gradients, and what the optimizer keeps of them."""
+        weights = sum(master.nbytes for master in self.masters.values())
+        return 2 * weights + optimizer.state_bytes(self.settings.optimizer, weights)
+
+    def charge(self, account: Account) -> None:
+        """Count what the run holds in this account, and no longer in the one before.
+
+        Raises:
+            ResourceExhausted: it is more than that client's quota allows; nothing has changed.
+        """
+        if account is not self.account:
+            account.take(self.held_bytes, f"run {self.name}, with its gradients and optimizer,")
+            self.account.give_back(self.held_bytes)
+            self.account = account
 
     @property
     def version(self) -> int:
         return self.current.number
 
     @property
-    def next_step(self) -> int:
-        return self.step + 1
+    def members(self) -> Iterable[Member]:
+        return (self.owner,) if self.cohort is None else self.cohort
 
-    def facts(self) -> RunFacts:
+    def facts(self, of: Member | None = None) -> RunFacts:
+        """Where the run stands, as this member is told it; of a cohort's run there is none that is meant."""
         state = BROKEN if self._broken else OPEN
-        return RunFacts(
-            self.name, self.number, self.incarnation, state, self.step, self.version, self.settings
-        )
+        now = time.monotonic()
+        told = RunFacts(self.name, 0, 0, state, self.step, self.version, self.settings)
+        if self.cohort is not None:
+            told = replace(told, members=tuple(member.facts(now) for member in self.cohort))
+        of = of or (self.owner if self.cohort is None else None)
+        if of is None:
+            return told
+        return replace(told, number=of.number, incarnation=of.incarnation, member=of.name)
+
+    def of_cohort(self) -> Cohort:
+        """Raises RunLost where nobody shares the run."""
+        if self.cohort is None:
+            raise RunLost(f"run {self.name} has no members: it is a private one")
+        return self.cohort
+
+    @property
+    def is_broken(self) -> bool:
+        return bool(self._broken)
 
     def require_whole(self) -> None:
         """Raises RunBroken where a step or a restore failed halfway, until a snapshot is restored."""
@@ -77,14 +106,20 @@ class Run:
                 f"{self._broken}: restore its last checkpoint (resume_from_checkpoint=True, or "
                 "model.trunk.restore); or to begin anew load the model again, then model.trunk.start_over(); "
                 "the server's log has the cause",
-                facts={"current_step": self.next_step},
+                facts={"current_step": self.step + 1},
             )
 
+    def belongs_to(self, client: bytes) -> bool:
+        """Whether this client may use the run's steps, weights and saves; to anybody else it is not there."""
+        if self.cohort is not None:
+            return self.cohort.of(client) is not None
+        return client == self.client
+
     def rejoin(self, client: bytes) -> None:
-        """A newer incarnation takes over: what the older one half accumulated is discarded."""
+        """A private run's newer incarnation takes over: what the older one half accumulated is discarded."""
         self.client, self.used_at = client, time.monotonic()
-        self.incarnation += 1
-        self._forget_work()
+        self.owner.rejoin()
+        self.owner.last = None
 
     def snapshot(self) -> RunSnapshot:
         """Copies of all that the run is, to be written elsewhere; raises RunBroken where it is not whole."""
@@ -97,6 +132,7 @@ class Run:
             self.settings,
             {name: master.detach().cpu().clone() for name, master in self.masters.items()},
             dict(self._optimizer_state()),
+            None if self.cohort is None else self.cohort.snapshot(),
         )
 
     @torch.no_grad()
@@ -114,7 +150,7 @@ class Run:
         # From here on a failure leaves a mixture of both.
         self._broken = f"restoring step {snapshot.step} of run {self.name} failed halfway"
         for name, master in self.masters.items():
-            master.copy_(snapshot.weights[name])
+            master.data = torch.empty_like(master).copy_(snapshot.weights[name])
         if self.optimizer is not None:
             state: dict[int, dict[str, Tensor]] = defaultdict(dict)
             places = {name: place for place, name in enumerate(self.masters)}
@@ -126,7 +162,10 @@ class Run:
             self.optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
         self.step, self.skipped = snapshot.step, snapshot.skipped
         self.current = self._published(snapshot.version)
-        self._forget_work()
+        if self.cohort is not None and snapshot.cohort is not None:
+            self.cohort.restore(snapshot.cohort)
+        self.owner.forget_gradients()
+        self.owner.step, self.owner.last = self.step, None
         self._broken = ""
 
     def _optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
@@ -135,26 +174,6 @@ class Run:
             for kind, value in state.items():
                 if isinstance(value, Tensor):
                     yield f"{name}{STATE_OF}{kind}", value.detach().cpu().clone()
-
-    def accumulate_once(
-        self, microbatch: Microbatch, gradients: Sequence[Tensor | None], loss_scale: float
-    ) -> None:
-        """A microbatch whose answer was lost, and is computed again, counts once."""
-        if not self.has_accumulated(microbatch):
-            self.accumulate(gradients, loss_scale)
-            self._accumulated.add(microbatch)
-
-    def has_accumulated(self, microbatch: Microbatch) -> bool:
-        """Whether this microbatch of a step is among what the next optimizer step uses."""
-        return microbatch in self._accumulated
-
-    def accumulate(self, gradients: Sequence[Tensor | None], loss_scale: float) -> None:
-        """Add a microbatch's gradients, in the order of the weights; the scale is taken out first."""
-        # Into a list of its own: where memory ends halfway, nothing has been added.
-        self._gradients = [
-            _sum(held, gradient, loss_scale)
-            for held, gradient in zip(self._gradients, gradients, strict=True)
-        ]
 
     def download(self) -> AdapterMessage:
         """The weights as they are now, on the CPU.
@@ -172,101 +191,66 @@ class Run:
         return AdapterMessage(self.name, self.version, self.settings.lora, weights)
 
     def gradients(self) -> dict[str, Tensor | None]:
-        """What has been accumulated since the last step, by the weights' names."""
-        return dict(zip(self.masters, self._gradients, strict=True))
-
-    def gradient_norms(self) -> Tensor:
-        """The 2-norm of each weight's gradient (n,), as torch clips by them; -1 where there is none."""
-        there = [gradient for gradient in self._gradients if gradient is not None]
-        norms = iter(torch._foreach_norm(there, 2.0) if there else [])
-        absent = torch.tensor(NO_GRADIENT)
-        return torch.stack(
-            [absent if gradient is None else next(norms).cpu() for gradient in self._gradients]
-            or [torch.empty(())]
-        )[: len(self._gradients)]
+        """What the owner of a private run has accumulated since the last step, by the weights' names."""
+        return dict(zip(self.masters, self.owner.contribution.gradients, strict=True))
 
     def apply(self, asked: OptimizerStep) -> None:
-        """Step with what has been accumulated, and publish the weights as a new version.
+        """Step with what the owner has accumulated, and publish the weights as a new version.
 
         Raises:
             MessageError: no gradient has come since the last step.
             RunBroken: the optimizer began and failed; the run is refused until a snapshot is restored.
         """
-        if not asked.skip and self.optimizer is not None:
+        contribution = self.owner.contribution
+        if asked.skip:
+            self.skipped += 1
+            self.step += 1
+        elif self.optimizer is not None and contribution.is_empty:
+            raise MessageError(
+                f"step {self.step + 1} of run {self.name} has no gradients: run a backward first"
+            )
+        else:
+            self.step_with(contribution.scaled(asked.gradient_scale), asked.learning_rate)
+        self.owner.forget_gradients()
+        self.owner.step = self.step
+
+    def step_with(self, gradients: Sequence[Tensor | None], learning_rate: float) -> None:
+        """One optimizer step with these gradients, in the order of the weights; a new version of them.
+
+        Raises:
+            RunBroken: the optimizer began and failed; the run is refused until a snapshot is restored.
+        """
+        if self.optimizer is not None:
             room = [torch.empty_like(master, requires_grad=False) for master in self.masters.values()]
-            self._give_gradients(asked, self.optimizer)
+            for weight, gradient in zip(self._weights, gradients, strict=True):
+                weight.grad = gradient
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
             try:
+                self._move(room)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-                self.current = self._published(self.version + 1, room)
+                self.current = self._published(self.version + 1)
             except Exception as error:
                 # Some weights may have moved and others not: nobody can tell.
                 self._broken = (
-                    f"the trunk's optimizer failed halfway through step {self.next_step} of run {self.name}"
+                    f"the trunk's optimizer failed halfway through step {self.step + 1} of run {self.name}"
                 )
-                log.error("an optimizer failed halfway", run=self.name, step=self.next_step, exc_info=error)
+                log.error("an optimizer failed halfway", run=self.name, step=self.step + 1, exc_info=error)
                 self.require_whole()
-        self.skipped += asked.skip
         self.step += 1
-        self._forget_work()
-
-    def kept_step(self, step: int) -> AnswerMessage | None:
-        """The answer to an optimizer step that was done already; None where it is the next one.
-
-        Raises:
-            StepOutOfOrder: it is neither.
-        """
-        last = self._last_step
-        if step == self.step and last is not None and last.key.step == step:
-            return last
-        self.require_next(step)
-        return None
-
-    def keep_step(self, answer: AnswerMessage) -> None:
-        self._last_step = answer
-
-    def require_next(self, step: int) -> None:
-        """Raises StepOutOfOrder where a step is not the one that comes next."""
-        if step != self.next_step:
-            raise StepOutOfOrder(
-                f"step {step} of run {self.name} cannot be done: the next is step {self.next_step}",
-                facts={"current_step": self.next_step, "current_version": self.version},
-            )
 
     @property
     def _weights(self) -> list[Tensor]:
         return list(self.masters.values())
 
-    def _give_gradients(self, asked: OptimizerStep, optimizer: torch.optim.Optimizer) -> None:
-        if all(gradient is None for gradient in self._gradients):
-            raise MessageError(
-                f"step {self.next_step} of run {self.name} has no gradients: run a backward first"
-            )
-        for weight, gradient in zip(self._weights, self._gradients, strict=True):
-            # Not in place: a step that fails is asked for again.
-            weight.grad = None if gradient is None else gradient * asked.gradient_scale
-        for group in optimizer.param_groups:
-            group["lr"] = asked.learning_rate
-
     @torch.no_grad()
-    def _published(self, number: int, room: Sequence[Tensor] | None = None) -> AdapterVersion:
-        """Copies of the masters, in memory that was made sure of before the step."""
-        room = room or [torch.empty_like(master, requires_grad=False) for master in self.masters.values()]
-        weights = {
-            name: into.copy_(master).requires_grad_()
-            for (name, master), into in zip(self.masters.items(), room, strict=True)
-        }
+    def _move(self, room: Sequence[Tensor]) -> None:
+        """The masters go on in memory of their own: the version that they are published as never changes."""
+        for master, into in zip(self.masters.values(), room, strict=True):
+            master.data = into.copy_(master)
+
+    def _published(self, number: int) -> AdapterVersion:
+        """The masters' own memory, until they move out of it at the next step."""
+        weights = {name: master.data.requires_grad_() for name, master in self.masters.items()}
         return AdapterVersion(self.name, self.slot, number, weights)
-
-    def _forget_work(self) -> None:
-        """What was accumulated, and the answer to the step before."""
-        self._gradients = [None] * len(self._gradients)
-        self._accumulated.clear()
-        self._last_step = None
-
-
-def _sum(held: Tensor | None, gradient: Tensor | None, loss_scale: float) -> Tensor | None:
-    if gradient is None:
-        return held
-    unscaled = gradient.float() if loss_scale == 1.0 else gradient.float() * (1.0 / loss_scale)
-    return unscaled if held is None else held + unscaled

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from splitlearn.engine.adapter_table import AdapterTable
 from splitlearn.engine.checkpoint import RunSnapshot
+from splitlearn.engine.member import Member
 from splitlearn.engine.run import Run
 from splitlearn.engine.run_table import RunTable
 from splitlearn.engine.step_queue import StepQueue
@@ -35,46 +36,71 @@ class RunRequests:
 
     def open(self, client: bytes, asked: OpenRun) -> Future[RunFacts]:
         self._refuse_when_draining()
-        return self._queue.ask(lambda: self._runs.open(client, asked).facts())
+        return self._queue.ask(lambda: _facts(self._runs.open(client, asked)))
 
-    def join(self, client: bytes, name: str) -> Future[RunFacts]:
-        return self._queue.ask(lambda: self._runs.join(client, name).facts())
+    def join(self, client: bytes, name: str, member: str = "") -> Future[RunFacts]:
+        return self._queue.ask(lambda: _facts(self._runs.join(client, name, member)))
+
+    def renew(self, client: bytes, name: str, incarnation: int) -> Future[RunFacts]:
+        """A cohort's member says that it is there."""
+        return self._queue.ask(lambda: _facts(self._runs.renew(client, name, incarnation)))
+
+    def leave(self, client: bytes, name: str) -> Future[RunFacts]:
+        return self._queue.ask(lambda: _facts(self._runs.leave(client, name)))
 
     def restore(self, client: bytes, snapshot: RunSnapshot) -> Future[RunFacts]:
         self._refuse_when_draining()
-        return self._queue.ask(lambda: self._runs.restore(client, snapshot).facts())
+        return self._queue.ask(lambda: _facts(self._runs.restore(client, snapshot)))
 
-    def snapshot(self, key: StepKey) -> Future[RunSnapshot]:
+    def revive(self, client: bytes, snapshot: RunSnapshot, member: str) -> Future[RunFacts]:
+        """A cohort's run, brought back from the disk."""
+        self._refuse_when_draining()
+        return self._queue.ask(lambda: _facts(self._runs.revive(client, snapshot, member)))
+
+    def keep_rounds(self, changed: Callable[[str], None]) -> None:
+        """Before anything is opened: who has cohorts' rounds written to the disk."""
+        self._runs.changed = changed
+
+    def snapshot(self, client: bytes, key: StepKey) -> Future[RunSnapshot]:
         """The run as it stands, for the one incarnation that trains it.
 
         Raises (in the future):
             RunLost, RunTakenOver, RunBroken: as for its steps.
         """
-        return self._queue.ask(lambda: self._runs.find(key).snapshot())
+        return self._queue.ask(lambda: self._runs.find(client, key).run.snapshot())
 
     def close(self, name: str) -> Future[RunFacts]:
-        return self._queue.ask(lambda: self._runs.close(name).facts())
+        """Raises (in the future) MessageError while members of a cohort train it."""
+        return self._queue.ask(lambda: self._close(name))
 
     def facts(self) -> Future[list[RunFacts]]:
         """Of all that are open."""
         return self._queue.ask(lambda: [run.facts() for run in self._runs])
 
+    def _close(self, name: str) -> RunFacts:
+        self._runs.require_deserted(name)
+        return self._runs.close(name).facts()
+
     def do(self, name: str, what: Callable[[Run], Result]) -> Future[Result]:
         """Have something done with a run between two steps: keep it short."""
         return self._queue.ask(lambda: what(self._runs.named(name)))
 
-    def adapter(self, name: str) -> Future[AdapterMessage]:
+    def adapter(self, client: bytes, name: str) -> Future[AdapterMessage]:
         """The trunk's part of a run's adapter as it is now, for its members to take.
 
         Raises (in the future):
-            RunLost: there is no such run; AccessDenied: it was opened with `allow_download` off.
+            RunLost: this client has no such run; AccessDenied: it was opened with `allow_download` off.
         """
-        return self.do(name, Run.download)
+        return self._queue.ask(lambda: self._runs.owned(client, name).download())
 
-    def load_adapter(self, message: AdapterMessage) -> Future[AdapterVersion]:
+    def load_adapter(self, client: bytes, message: AdapterMessage) -> Future[AdapterVersion]:
         self._refuse_when_draining()
-        return self._queue.ask(lambda: self._adapters.load(message).version)
+        return self._queue.ask(lambda: self._adapters.load(client, message).version)
 
-    def unload_adapter(self, name: str) -> Future[int]:
+    def unload_adapter(self, client: bytes, name: str) -> Future[int]:
         """The bytes that this frees."""
-        return self._queue.ask(lambda: self._adapters.unload(name))
+        return self._queue.ask(lambda: self._adapters.unload(client, name))
+
+
+def _facts(member: Member) -> RunFacts:
+    return member.run.facts(member)

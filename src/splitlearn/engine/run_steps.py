@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from splitlearn.engine.member import Member
 from splitlearn.engine.run import Run
-from splitlearn.engine.tape import Tape, TapeEntry
+from splitlearn.engine.tape import KEPT, Tape, TapeEntry
 from splitlearn.engine.trunk_state import AdapterVersion, TrunkState
 from splitlearn.errors import MessageError, StaleGradient
 from splitlearn.model.segments import TrunkSegment
@@ -39,57 +40,81 @@ class RunSteps:
         self._staleness_limit = staleness_limit
         self._graph_bytes: dict[Shape, int] = {}
 
-    def do(self, run: Run, asked: RunStepMessage) -> AnswerMessage:
-        """The answer to one step.
+    def do(self, member: Member, asked: RunStepMessage) -> AnswerMessage | None:
+        """The answer to one step; None where its cohort answers it later.
 
         Raises:
             StepOutOfOrder: it is not the step that comes next.
-            TapeExpired, StaleGradient: its forward is gone, or too old.
+            TapeExpired, StaleGradient: its forward is gone, or too old; ContributionLost: its gradients are.
             ResourceExhausted: the tape has no room for it.
             MessageError: it lacks something.
         """
-        self._tape.release(run.number, asked.key.step, asked.acked_through)
+        self._tape.release(member.number, asked.key.step, asked.acked_through)
         match asked.key.phase:
             case Phase.FORWARD:
-                return self._forward(run, asked)
+                return self._forward(member, asked)
             case Phase.BACKWARD:
-                return self._backward(run, asked)
+                return self._backward(member, asked)
             case Phase.GRADIENT_NORMS:
-                return self._norms(run, asked)
+                return self._norms(member, asked)
             case Phase.OPTIMIZER_STEP:
-                return self._optimizer_step(run, asked)
+                return self._optimizer_step(member, asked)
             case Phase.EVALUATE:
-                return self._evaluate(run, asked)
+                return self._evaluate(member.run, asked)
 
-    def _forward(self, run: Run, asked: RunStepMessage) -> AnswerMessage:
-        run.require_next(asked.key.step)
-        key = (run.number, asked.key.step, asked.key.microbatch)
+    def _forward(self, member: Member, asked: RunStepMessage) -> AnswerMessage:
+        run = member.run
+        adapter = run.current
+        if not member.is_repeating(asked.key.step):
+            member.require_next(asked.key.step)
+            if run.cohort is not None:
+                adapter = run.cohort.pinned(member, asked.key.microbatch)
+        key = (member.number, asked.key.step, asked.key.microbatch)
         entry = self._tape.get(key)
-        if entry is not None and entry.output_BTD is not None:
+        if entry is not None and entry.output_BTD is not None and entry.adapter is adapter:
             return self._answer(run, asked, entry.output_BTD)
         assert asked.tensor_BTD is not None
-        shape = _shape_of(run, asked)
-        self._tape.require_room(asked.tensor_BTD.nbytes + self._graph_bytes.get(shape, 0))
-        entry = TapeEntry(asked, run.current, asked.tensor_BTD.nbytes, time.monotonic() + self._lease_s)
+        shape = _shape_of(member, asked)
+        needed = asked.tensor_BTD.nbytes + self._graph_bytes.get(shape, 0)
+        run.account.require(needed, KEPT)
+        self._tape.require_room(needed)
+        lease_until = time.monotonic() + self._lease_s
+        entry = TapeEntry(asked, adapter, asked.tensor_BTD.nbytes, lease_until, account=run.account)
         if run.settings.tape.recompute:
             with torch.no_grad():
-                output_BTD, _ = self._run_trunk(run.settings, asked, run.current)
+                output_BTD, _ = self._run_trunk(run.settings, asked, adapter)
         else:
             with self._counting(shape):
-                output_BTD, entry.input_BTD = self._run_trunk(run.settings, asked, run.current)
+                output_BTD, entry.input_BTD = self._run_trunk(run.settings, asked, adapter)
             entry.output_BTD = output_BTD
             entry.bytes += self._graph_bytes[shape]
         self._tape.put(key, entry)
         return self._answer(run, asked, output_BTD)
 
-    def _backward(self, run: Run, asked: RunStepMessage) -> AnswerMessage:
+    def _backward(self, member: Member, asked: RunStepMessage) -> AnswerMessage:
+        run = member.run
         microbatch = (asked.key.step, asked.key.microbatch)
-        key = (run.number, *microbatch)
+        key = (member.number, *microbatch)
         if (kept := self._tape.answer(key)) is not None:
             return kept
-        if not asked.want_input_gradient and run.has_accumulated(microbatch):
+        if not asked.want_input_gradient and member.contribution.has(microbatch):
             return self._answer(run, asked, None)
         entry = self._tape.take(key)
+        self._require_fresh(member, entry)
+        gradient_BTD, gradients = self._gradients(run, entry, asked)
+        if not member.is_repeating(asked.key.step):
+            member.contribution.add_once(microbatch, gradients, asked.loss_scale)
+        answer = self._answer(run, asked, gradient_BTD)
+        if asked.want_input_gradient:
+            self._tape.keep_answer(key, answer)
+        return answer
+
+    def _require_fresh(self, member: Member, entry: TapeEntry) -> None:
+        run = member.run
+        if run.cohort is not None:
+            if not member.is_repeating(entry.asked.key.step):
+                run.cohort.require_underway(member, entry.adapter)
+            return
         age = run.version - entry.adapter.number
         if age > self._staleness_limit:
             raise StaleGradient(
@@ -97,12 +122,6 @@ class RunSteps:
                 f"{run.version}, and {self._staleness_limit} steps between them are allowed: forward again",
                 facts={"current_version": run.version, "staleness": age},
             )
-        gradient_BTD, gradients = self._gradients(run, entry, asked)
-        run.accumulate_once(microbatch, gradients, asked.loss_scale)
-        answer = self._answer(run, asked, gradient_BTD)
-        if asked.want_input_gradient:
-            self._tape.keep_answer(key, answer)
-        return answer
 
     def _gradients(
         self, run: Run, entry: TapeEntry, asked: RunStepMessage
@@ -137,25 +156,33 @@ class RunSteps:
             ]
         return (found.pop(0) if asked.want_input_gradient else None), found
 
-    def _norms(self, run: Run, asked: RunStepMessage) -> AnswerMessage:
-        run.require_next(asked.key.step)
-        return AnswerMessage(asked.key, norms=run.gradient_norms(), versions=Versions(run.name, run.version))
+    def _norms(self, member: Member, asked: RunStepMessage) -> AnswerMessage:
+        run = member.run
+        if not member.is_repeating(asked.key.step):
+            member.require_next(asked.key.step)
+        return AnswerMessage(
+            asked.key, norms=member.contribution.norms(), versions=Versions(run.name, run.version)
+        )
 
-    def _optimizer_step(self, run: Run, asked: RunStepMessage) -> AnswerMessage:
-        if (kept := run.kept_step(asked.key.step)) is not None:
+    def _optimizer_step(self, member: Member, asked: RunStepMessage) -> AnswerMessage | None:
+        run = member.run
+        if run.cohort is not None:
+            answer = run.cohort.take(member, asked)
+            self._tape.forget_answers(member.number)
+            return answer
+        if (kept := member.kept_step(asked.key.step)) is not None:
             return kept
         if asked.optimizer is None:
             raise MessageError("an optimizer step says by what to scale the gradients, and its learning rate")
         run.apply(asked.optimizer)
-        self._tape.forget_answers(run.number)
+        self._tape.forget_answers(member.number)
         if asked.optimizer.skip:
             # What was dropped stays dropped, even if its backward arrives late.
-            self._tape.forget_run(run.number)
-        answer = AnswerMessage(
+            self._tape.forget_run(member.number)
+        member.last = AnswerMessage(
             asked.key, versions=Versions(run.name, run.version), stepped=not asked.optimizer.skip
         )
-        run.keep_step(answer)
-        return answer
+        return member.last
 
     def _evaluate(self, run: Run, asked: RunStepMessage) -> AnswerMessage:
         with torch.no_grad():
@@ -238,10 +265,10 @@ class RunSteps:
         self._graph_bytes[shape] = sum(storages.values())
 
 
-def _shape_of(run: Run, asked: RunStepMessage) -> Shape:
+def _shape_of(member: Member, asked: RunStepMessage) -> Shape:
     """What the size of a graph depends on."""
     return (
-        run.number,
+        member.run.slot,
         asked.rows,
         asked.tokens,
         asked.mask_columns_BT is None,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from splitlearn.config import SessionConfig
 from splitlearn.engine.adapter_bank import AdapterBank
 from splitlearn.engine.batch_plan import BatchPlan
 from splitlearn.engine.decode_graphs import DecodeGraphs
@@ -201,3 +202,16 @@ def _positions(activation_BTD: Tensor, positions_BT: Tensor | None) -> Tensor:
         return positions_BT
     rows, tokens = activation_BTD.shape[:2]
     return torch.arange(tokens).expand(rows, tokens)
+
+
+def kv_cache_of(trunk: TrunkSegment, config: SessionConfig, *, spare: bool) -> KvCache:
+    """The slots that this budget gives the trunk's sessions."""
+    tokens = min(config.session_tokens, trunk.max_positions or config.session_tokens)
+    return KvCache(
+        measure_layers(trunk),
+        budget_bytes=config.kv_budget_bytes,
+        slot_tokens=tokens,
+        dtype=trunk.dtype,
+        device=trunk.device,
+        spare=spare,
+    )

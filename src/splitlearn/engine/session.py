@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from splitlearn.engine.account import Account, unlimited
 from splitlearn.engine.kv_cache import KvCache
 from splitlearn.engine.step import Step
 from splitlearn.engine.trunk_state import BARE, AdapterVersion
@@ -39,6 +40,8 @@ class Session:
     running: Step[StepMessage] | None = None
     is_arriving: bool = False
     """Whether it is being imported: it is there, but nobody can use it yet."""
+    account: Account = field(default_factory=unlimited)
+    """Its client's, which its slots are counted in."""
     lender: Session | None = None
     borrowers: list[Session] = field(default_factory=list)
 
@@ -75,7 +78,7 @@ class Session:
         """Crop and select as the step says, and note which of its new columns count.
 
         Raises:
-            KvBudgetExceeded: there is no room for further rows; nothing was changed.
+            KvBudgetExceeded, ResourceExhausted: there is no room for further rows; nothing was changed.
         """
         keep = self.length if message.keep_positions is None else message.keep_positions
         for borrower in self.borrowers.copy():
@@ -114,7 +117,7 @@ class Session:
             for borrower in heir.borrowers:
                 borrower.lender = heir
             written = 0
-        kv.give_back(self.slots, written)
+        self._give_back(kv, self.slots, written)
 
     def _settle(self, kv: KvCache, rows: Sequence[int] | None, length: int) -> None:
         """Copy so much of what is borrowed into its own slots: these rows in this order, all by default."""
@@ -122,10 +125,10 @@ class Session:
         assert lender is not None
         kept = lender.slots if rows is None else [lender.slots[row] for row in rows]
         if len(kept) > len(self.slots):
-            self.slots += kv.take(len(kept) - len(self.slots))
+            self.slots += self._take(kv, len(kept) - len(self.slots))
         own, unused = self.slots[: len(kept)], self.slots[len(kept) :]
         kv.copy(zip(kept, own, strict=True), length)
-        kv.give_back(unused, 0)
+        self._give_back(kv, unused, 0)
         lender.borrowers.remove(self)
         self.lender, self.slots, self.length = None, own, length
 
@@ -139,14 +142,33 @@ class Session:
         copies = [place for place, row in enumerate(rows) if first_place.setdefault(row, place) != place]
         spare = [slot for row, slot in enumerate(self.slots) if row not in first_place]
         if len(copies) > len(spare):
-            spare.extend(kv.take(len(copies) - len(spare)))
+            spare.extend(self._take(kv, len(copies) - len(spare)))
         slots = [self.slots[row] for row in rows]
         kv.copy([(slots[place], slot) for place, slot in zip(copies, spare, strict=False)], self.length)
         for place, slot in zip(copies, spare, strict=False):
             slots[place] = slot
         if unused := spare[len(copies) :]:
-            kv.give_back(unused, self.length)
+            self._give_back(kv, unused, self.length)
         self.slots = tuple(slots)
+
+    def _take(self, kv: KvCache, rows: int) -> tuple[int, ...]:
+        return taken(kv, rows, self.account)
+
+    def _give_back(self, kv: KvCache, slots: Sequence[int], length: int) -> None:
+        kv.give_back(slots, length)
+        self.account.give_back(len(slots) * kv.slot_bytes)
+
+
+def taken(kv: KvCache, rows: int, account: Account) -> tuple[int, ...]:
+    """Slots for so many rows.
+
+    Raises:
+        ResourceExhausted: they are more than the client's quota allows; KvBudgetExceeded: than are free.
+    """
+    account.require(rows * kv.slot_bytes, f"a KV cache of {rows} rows")
+    slots = kv.take(rows)
+    account.take(rows * kv.slot_bytes, "a KV cache")
+    return slots
 
 
 def require_room(message: StepMessage, kept: int, slot_tokens: int, max_positions: int | None) -> None:

@@ -96,7 +96,7 @@ class SessionMoves:
 
         def begin() -> None:
             self._state.require_precision(head.precision)
-            adapter = self._sessions.adapter(head.adapter)
+            adapter = self._sessions.adapter(id[0], head.adapter)
             if digest_of(adapter) != head.adapter_digest:
                 raise AdapterError(
                     f"adapter {adapter.name!r} has other weights here than the session was generated with: "

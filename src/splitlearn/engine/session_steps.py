@@ -69,16 +69,8 @@ class SessionSteps:
         member.step.fail(StepTimeout(why))
 
     def _let_go(self, member: ReadyStep) -> None:
-        """A session that the step was to open is not kept for a client that left.
-
-        One that holds a part of the step is lost: it stands neither before the step nor after it.
-        """
-        session = member.session
-        if session is None or session.running is not member.step:
-            return
-        if member.is_underway or (session.length == 0 and session.next_step == 1):
-            self._sessions.drop(session)
-        session.running = None
+        if member.session is not None:
+            self._sessions.let_go(member.session, member.step, is_underway=member.is_underway)
 
     def _prepare(self, member: ReadyStep, started: float) -> bool:
         """Bring the session into the state that its step starts from; a step that cannot is answered."""

@@ -6,9 +6,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 from splitlearn.config import SessionConfig
+from splitlearn.engine.account import Accounts
 from splitlearn.engine.answer_window import AnswerWindow
 from splitlearn.engine.kv_cache import KvCache
-from splitlearn.engine.session import Session, SessionId, require_length, require_room
+from splitlearn.engine.session import Session, SessionId, require_length, require_room, taken
+from splitlearn.engine.step import Step
 from splitlearn.engine.trunk_state import BARE, AdapterVersion
 from splitlearn.errors import (
     AdapterError,
@@ -31,7 +33,7 @@ from splitlearn.wire.messages import (
 REMEMBERED_EXPIRIES = 4096
 
 
-def _no_adapter(name: str) -> AdapterVersion:
+def _no_adapter(client: bytes, name: str) -> AdapterVersion:
     raise AdapterError(f"this server has no adapter {name!r}; leave it out")
 
 
@@ -43,10 +45,12 @@ class SessionTable:
         kv: KvCache,
         config: SessionConfig,
         max_positions: int | None,
-        adapter_named: Callable[[str], AdapterVersion] = _no_adapter,
+        adapter_named: Callable[[bytes, str], AdapterVersion] = _no_adapter,
+        accounts: Accounts | None = None,
     ) -> None:
         self._kv = kv
         self._adapter_named = adapter_named
+        self._accounts = accounts or Accounts()
         self._config = config
         self._max_positions = max_positions
         self._answers = AnswerWindow(config.answer_window, config.answer_window_bytes)
@@ -75,7 +79,7 @@ class SessionTable:
         self.renew(session, now)
         self._answers.release(id, message.acked_through)
         if session.follow and session.running is None:
-            session.adapter = self._adapter_named(session.adapter.name)
+            session.adapter = self._adapter_named(client, session.adapter.name)
         return session
 
     def kept_answer(self, session: Session, step: int) -> AnswerMessage | None:
@@ -94,11 +98,15 @@ class SessionTable:
             facts={"current_step": session.next_step},
         )
 
-    def adapter(self, wanted: Versions) -> AdapterVersion:
-        """What a session generates with; version 0 is the newest. Raises AdapterError where it is gone."""
+    def adapter(self, client: bytes, wanted: Versions) -> AdapterVersion:
+        """What a session of this client generates with; version 0 is the newest.
+
+        Raises:
+            AdapterError: the client has no such adapter, or not at this version any more.
+        """
         if not wanted.adapter:
             return BARE
-        found = self._adapter_named(wanted.adapter)
+        found = self._adapter_named(client, wanted.adapter)
         if wanted.version and wanted.version != found.number:
             raise AdapterError(
                 f"adapter {wanted.adapter!r} is at version {found.number}, not {wanted.version}: "
@@ -189,6 +197,18 @@ class SessionTable:
         del self._sessions[session.id]
         self._answers.forget(session.id)
         session.free(self._kv)
+        session.account.close_session()
+        session.running = None
+
+    def let_go(self, session: Session, step: Step[StepMessage], *, is_underway: bool = False) -> None:
+        """The session's step is not run (to its end). What it was to open is not kept for a client that left.
+
+        A session that holds a part of the step is lost: it stands neither before the step nor after it.
+        """
+        if session.running is not step:
+            return
+        if is_underway or (session.length == 0 and session.next_step == 1):
+            self.drop(session)
         session.running = None
 
     def expire(self, now: float) -> int:
@@ -219,7 +239,7 @@ class SessionTable:
             raise MessageError("a session opens with a number of its own and its step 1")
         if message.keep_positions or message.select_rows is not None:
             raise MessageError("a session that opens has nothing to keep or to select")
-        adapter = self.adapter(opening.adapter)
+        adapter = self.adapter(id[0], opening.adapter)
         require_room(message, 0, self._kv.slot_tokens, self._max_positions)
         if (older := self._sessions.get(id)) is not None:
             self._fence(older, message.key.incarnation)
@@ -243,8 +263,15 @@ class SessionTable:
                 "wait for others to end",
                 facts={"sessions": len(self._sessions), "max_sessions": self._config.max_sessions},
             )
+        account = self._accounts.of(id[0])
+        account.open_session()
+        try:
+            slots = taken(self._kv, rows, account)
+        except ResourceExhausted:
+            account.close_session()
+            raise
         lease_until = now + self._config.lease_s
-        session = Session(id, incarnation, precision, self._kv.take(rows), lease_until)
+        session = Session(id, incarnation, precision, slots, lease_until, account=account)
         self._sessions[id] = session
         self._expired.pop(id, None)
         return session

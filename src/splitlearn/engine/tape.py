@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from splitlearn.engine.account import Account, unlimited
 from splitlearn.engine.trunk_state import AdapterVersion
 from splitlearn.errors import ResourceExhausted, TapeExpired
 from splitlearn.wire.messages import AnswerMessage, RunStepMessage
 
 TapeKey = tuple[int, int, int]
-"""A run's number, the optimizer step that the forward was for, and the microbatch in it."""
+"""A member's number, the optimizer step that the forward was for, and the microbatch in it."""
+KEPT = "what this batch keeps until its gradient comes"
 
 
 @dataclass(slots=True, eq=False)
@@ -25,6 +27,7 @@ class TapeEntry:
     lease_until: float
     input_BTD: Tensor | None = None
     output_BTD: Tensor | None = None
+    account: Account = field(default_factory=unlimited)
 
 
 class Tape:
@@ -64,7 +67,9 @@ class Tape:
     def put(self, key: TapeKey, entry: TapeEntry) -> None:
         if key in self._entries:
             self._drop(key)
+        entry.account.require(entry.bytes, KEPT)
         self.require_room(entry.bytes)
+        entry.account.take(entry.bytes, KEPT)
         self._entries[key] = entry
         self.bytes += entry.bytes
 
@@ -121,7 +126,9 @@ class Tape:
         return len(late)
 
     def _drop(self, key: TapeKey) -> None:
-        self.bytes -= self._entries.pop(key).bytes
+        entry = self._entries.pop(key)
+        self.bytes -= entry.bytes
+        entry.account.give_back(entry.bytes)
 
     def _drop_answers_for(self, needed: int) -> None:
         while self._answers and self.bytes + needed > self._budget_bytes:

@@ -216,7 +216,8 @@ class LoraSlots:
     """PEFT's layers in one model, in which one adapter at a time is bound, at one version of its weights.
 
     Nothing is copied: the layers compute with the very tensors that were handed in. So a graph keeps the
-    version that it was built with, whatever is bound afterwards.
+    version that it was built with, whatever is bound afterwards. The layers of an adapter that is not bound
+    hold nothing: its memory is that of the tensors themselves.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -244,19 +245,17 @@ class LoraSlots:
         self._layers = lora_layers(self._model)
         self._places[slot] = dict(_places(self._model, slot))
         self._plain[slot] = plain_loras(self._model, slot)
-        weights = {name: owner._parameters[key] for name, (owner, key) in self._places[slot].items()}
+        weights = weights_of(self._model, slot)
+        drawn = {name: weights[name].detach().to(torch.float32) for name in self._places[slot]}
         self._activate(None)
-        return {
-            name: weight.detach().to(torch.float32, copy=True)
-            for name, weight in weights.items()
-            if weight is not None
-        }
+        self._empty(slot)
+        return drawn
 
     def remove(self, slot: str) -> None:
         """Free an adapter's layers; versions of its weights that are still held stay what they are."""
+        self._activate(None)
         del self._places[slot], self._plain[slot]
         remove_lora(self._model, slot)
-        self._activate(None)
 
     def bind(self, slot: str | None, weights: Mapping[str, Tensor] | None = None) -> None:
         """Compute with this adapter from now on; None is the bare base.
@@ -274,7 +273,13 @@ class LoraSlots:
             owner._parameters[key] = weights[name]  # type: ignore[assignment]
         self._bound = weights
 
+    def _empty(self, slot: str) -> None:
+        for owner, key in self._places[slot].values():
+            owner._parameters[key] = None
+
     def _activate(self, slot: str | None) -> None:
+        if self._active in self._places and self._bound is not None:
+            self._empty(self._active)
         for layer in self._layers:
             layer._active_adapter = [] if slot is None else [slot]
         self._active, self._bound = slot, None

@@ -24,7 +24,7 @@ from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.generated import splitlearn_pb2_grpc as rpc
 from splitlearn.wire.handshake import client_id
 from splitlearn.wire.messages import SAVED, AdapterMessage, RunFacts
-from splitlearn.wire.runs import facts_to_proto, open_run_from_proto, run_name
+from splitlearn.wire.runs import facts_to_proto, member_name, open_run_from_proto, run_name
 
 ADAPTER_S = 600.0
 
@@ -37,7 +37,10 @@ class RunCalls(rpc.TrunkServicer):
     @refusing
     async def OpenRun(self, request: pb.OpenRunRequest, context: Context) -> pb.RunReply:
         asked = open_run_from_proto(request)
-        if kept := await asyncio.to_thread(self._store.steps, asked.name):
+        kept = await asyncio.to_thread(self._store.steps, asked.name)
+        if kept and not asked.settings.cohort.is_private:
+            return await self._joined(client_id(request.client), asked.name, asked.member)
+        if kept:
             raise MessageError(
                 f"run {asked.name!r} has checkpoints on this server (steps {list(kept)}): resume from one, "
                 "take another name, or delete them"
@@ -46,8 +49,17 @@ class RunCalls(rpc.TrunkServicer):
 
     @refusing
     async def JoinRun(self, request: pb.JoinRunRequest, context: Context) -> pb.RunReply:
-        joined = self._hall.engine.runs.join(client_id(request.client), run_name(request.name))
-        return await self._reply(joined)
+        """As a new incarnation; or, with the one that it has, a member of a cohort renews its lease."""
+        client, name = client_id(request.client), run_name(request.name)
+        if request.incarnation:
+            return await self._reply(self._hall.engine.runs.renew(client, name, request.incarnation))
+        return await self._joined(client, name, member_name(request.member))
+
+    @refusing
+    async def LeaveRun(self, request: pb.RunRequest, context: Context) -> pb.RunReply:
+        return await self._reply(
+            self._hall.engine.runs.leave(client_id(request.client), run_name(request.name))
+        )
 
     @refusing
     async def GetRun(self, request: pb.RunRequest, context: Context) -> pb.RunReply:
@@ -72,7 +84,7 @@ class RunCalls(rpc.TrunkServicer):
         """The run as it stands after the step that its client has just had done."""
         name, engine = run_name(request.name), self._hall.engine
         key = StepKey(run=request.run, incarnation=request.incarnation)
-        snapshot = await asyncio.wrap_future(engine.runs.snapshot(key))
+        snapshot = await asyncio.wrap_future(engine.runs.snapshot(client_id(request.client), key))
         if snapshot.name != name:
             raise MessageError(f"what is to be saved as run {name} is run {snapshot.name}: say its own name")
         if request.step != snapshot.step:
@@ -111,24 +123,25 @@ class RunCalls(rpc.TrunkServicer):
     async def LoadAdapter(self, requests: AsyncIterator[pb.AdapterPart], context: Context) -> pb.AdapterReply:
         try:
             async with asyncio.timeout(ADAPTER_S):
-                adapter = await self._received(requests)
+                client, adapter = await self._received(requests)
         except TimeoutError:
             raise MessageError(f"an adapter's parts did not come within {ADAPTER_S:g} s: again") from None
-        version = await asyncio.wrap_future(self._hall.engine.runs.load_adapter(adapter))
+        version = await asyncio.wrap_future(self._hall.engine.runs.load_adapter(client, adapter))
         size = sum(weight.nbytes for weight in version.weights.values())
         return pb.AdapterReply(name=version.name, version=version.number, bytes=size)
 
-    async def _received(self, requests: AsyncIterator[pb.AdapterPart]) -> AdapterMessage:
+    async def _received(self, requests: AsyncIterator[pb.AdapterPart]) -> tuple[bytes, AdapterMessage]:
+        """The adapter, and whose it is."""
         assembly = AdapterAssembly(self._hall.config.runs.max_adapter_bytes)
         async for part in requests:
             if (adapter := await asyncio.to_thread(assembly.add, part)) is not None:
-                client_id(assembly.client)
-                return adapter
+                return client_id(assembly.client), adapter
         raise MessageError("an adapter's last part did not come: send it again")
 
     @refusing
     async def UnloadAdapter(self, request: pb.AdapterRequest, context: Context) -> pb.DeleteReply:
-        unloaded = self._hall.engine.runs.unload_adapter(run_name(request.name))
+        client, name = client_id(request.client), run_name(request.name)
+        unloaded = self._hall.engine.runs.unload_adapter(client, name)
         freed_bytes: int = await asyncio.wrap_future(unloaded)
         return pb.DeleteReply(freed_bytes=freed_bytes)
 
@@ -137,7 +150,8 @@ class RunCalls(rpc.TrunkServicer):
     ) -> AsyncIterator[pb.AdapterPart]:
         """The trunk's part of a run's adapter, if the run allows it."""
         try:
-            found = self._hall.engine.runs.adapter(run_name(request.name))
+            client, name = client_id(request.client), run_name(request.name)
+            found = self._hall.engine.runs.adapter(client, name)
             adapter = await asyncio.wrap_future(found)
             parts = adapter_to_parts(adapter, request.client, self._hall.config.limits.chunk_bytes)
             while (part := await asyncio.to_thread(next, parts, None)) is not None:
@@ -148,6 +162,22 @@ class RunCalls(rpc.TrunkServicer):
     @property
     def _store(self) -> RunStore:
         return self._hall.runs
+
+    async def _joined(self, client: bytes, name: str, member: str) -> pb.RunReply:
+        """A run that is open, or a cohort's that is brought back from the disk.
+
+        Raises:
+            RunLost: it is neither; a private run is restored on its client's word alone.
+        """
+        try:
+            return await self._reply(self._hall.engine.runs.join(client, name, member))
+        except RunLost:
+            if not (kept := await asyncio.to_thread(self._store.steps, name)):
+                raise
+        snapshot = await asyncio.to_thread(self._store.read, name, kept[-1])
+        if snapshot.cohort is None:
+            raise RunLost(f"run {name} is on the disk alone: resume from its newest checkpoint")
+        return await self._reply(self._hall.engine.runs.revive(client, snapshot, member))
 
     async def _reply(self, done: Future[RunFacts]) -> pb.RunReply:
         facts = await asyncio.wrap_future(done)

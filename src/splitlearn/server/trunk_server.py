@@ -21,6 +21,7 @@ from splitlearn.config import ServerConfig
 from splitlearn.engine.checkpoint import RunStore
 from splitlearn.engine.disk_budget import DiskBudget
 from splitlearn.engine.engine import Engine
+from splitlearn.engine.round_keeper import RoundKeeper
 from splitlearn.errors import SettingError, TrunkDraining, first_line
 from splitlearn.model.checkpoint import Checkpoint
 from splitlearn.model.plan import SplitPlan
@@ -76,7 +77,14 @@ class TrunkServer:
             torch.set_num_threads(self.config.threads)
         trunk, self._identity = load(self.config)
         config = self.config
-        self._engine = Engine(trunk, config.batching, config.sessions, config.runs, compile=config.compile)
+        self._engine = Engine(
+            trunk,
+            config.batching,
+            config.sessions,
+            config.runs,
+            compile=config.compile,
+            quotas=config.quotas,
+        )
         self._engine.on_failure = lambda: self._ask_to_stop()
         self._engine.start()
         self._thread.start()
@@ -122,6 +130,9 @@ class TrunkServer:
         runs = RunStore(self.config.state_dir / f"{self._identity.weights_hash:016x}" / "runs", budget)
         with contextlib.suppress(OSError):  # who saves is told of a folder that cannot be used
             runs.clear_up()
+        keeper = RoundKeeper(runs, self.engine.runs)
+        self.engine.runs.keep_rounds(keeper.changed)
+        keeper.start()
         handover = Handover(loop)
         self.engine.in_one_go = handover.in_one_go
         self._hall = hall = Hall(self.engine, self._identity, self.config, admission, egress, handover, runs)
@@ -139,6 +150,7 @@ class TrunkServer:
             stream.end(TrunkDraining(f"the server on {self.address} has stopped: start it again"))
         await server.stop(grace=GRACE_S)
         egress.stop()
+        await asyncio.to_thread(keeper.stop)
 
     def _grpc_server(self, hall: Hall) -> tuple[grpc.aio.Server, Any]:
         """Raises SettingError where the address cannot be listened on."""

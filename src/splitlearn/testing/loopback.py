@@ -85,8 +85,14 @@ class LoopbackTransport:
     def open_run(self, asked: OpenRun) -> RunFacts:
         return _within(FORK_S, self._engine.runs.open(self._client, asked))
 
-    def join_run(self, name: str) -> RunFacts:
-        return _within(FORK_S, self._engine.runs.join(self._client, name))
+    def join_run(self, name: str, member: str = "") -> RunFacts:
+        return _within(FORK_S, self._engine.runs.join(self._client, name, member))
+
+    def renew_member(self, name: str, incarnation: int) -> None:
+        _within(FORK_S, self._engine.runs.renew(self._client, name, incarnation))
+
+    def leave_run(self, name: str) -> None:
+        _within(FORK_S, self._engine.runs.leave(self._client, name))
 
     def run_facts(self, name: str) -> RunFacts:
         return _within(FORK_S, self._engine.runs.do(name, Run.facts))
@@ -105,13 +111,13 @@ class LoopbackTransport:
         return 0
 
     def download_adapter(self, name: str) -> AdapterMessage:
-        return _within(FORK_S, self._engine.runs.adapter(name))
+        return _within(FORK_S, self._engine.runs.adapter(self._client, name))
 
     def load_adapter(self, adapter: AdapterMessage) -> None:
-        _within(FORK_S, self._engine.runs.load_adapter(adapter))
+        _within(FORK_S, self._engine.runs.load_adapter(self._client, adapter))
 
     def unload_adapter(self, name: str) -> None:
-        _within(FORK_S, self._engine.runs.unload_adapter(name))
+        _within(FORK_S, self._engine.runs.unload_adapter(self._client, name))
 
     def fork(self, message: ForkMessage) -> None:
         _within(FORK_S, self._engine.fork(self._client, message))

@@ -25,7 +25,7 @@ class Text:
     text: str
 
     def __post_init__(self) -> None:
-        _require_text(self.where, "text", self.text)
+        require_text(self.where, "text", self.text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ class Completion:
     completion: str
 
     def __post_init__(self) -> None:
-        _require_text(self.where, "prompt", self.prompt)
-        _require_text(self.where, "completion", self.completion)
+        require_text(self.where, "prompt", self.prompt)
+        require_text(self.where, "completion", self.completion)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Chat:
     def __post_init__(self) -> None:
         if not isinstance(self.messages, list):
             raise DataError(
-                f"{self.where}: messages is {_kind_of(self.messages)}: make it a list of objects "
+                f"{self.where}: messages is {kind_of(self.messages)}: make it a list of objects "
                 "with role and content"
             )
         for index, message in enumerate(self.messages):
@@ -74,12 +74,26 @@ class Document:
     text: str
 
     def __post_init__(self) -> None:
-        _require_text(self.where, "the file", self.text)
+        require_text(self.where, "the file", self.text)
 
 
-Example = Text | Completion | Chat | Document
+OfLine = Text | Completion | Chat
+Example = OfLine | Document
 KINDS = {("text",): Text, ("prompt", "completion"): Completion, ("messages",): Chat}
 KEYS = [key for keys in KINDS for key in keys]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """An example together with the line that it stands in."""
+
+    where: str
+    """FILE:LINE, as errors name it."""
+    written: bytes
+    """As it stands in the file, without its line feed."""
+    record: dict[str, Any]
+    """All of its keys."""
+    example: OfLine
 
 
 def read_examples(files: Files) -> list[Example]:
@@ -96,22 +110,32 @@ def read_examples(files: Files) -> list[Example]:
     paths = [Path(file) for file in ([files] if isinstance(files, str | Path) else files)]
     if not paths:
         raise DataError("there is no file to learn from: name at least one .jsonl or .txt file")
-    return [example for path in paths for example in _read(path)]
+    return [example for path in paths for example in _examples(path)]
 
 
-def _read(path: Path) -> list[Example]:
-    if path.suffix.lower() not in (".jsonl", ".json", ".txt"):
-        raise DataError(f"{path}: a file of this kind is not read: give .jsonl (an example a line) or .txt")
+def read_lines(file: str | Path) -> list[Line]:
+    """The same of one `.jsonl` file, each example with its line as it stands.
+
+    Raises:
+        DataError: as `read_examples`, or the file is a `.txt`, which has no lines to tell apart.
+    """
+    path = Path(file)
+    if path.suffix.lower() == ".txt":
+        raise DataError(f"{path}: a .txt is one document, not examples: write an example a line, as .jsonl")
+    return list(_lines(path))
+
+
+def _examples(path: Path) -> list[Example]:
+    if path.suffix.lower() == ".txt":
+        return [_document(path, _content(path))]
+    return [line.example for line in _lines(path)]
+
+
+def _content(path: Path) -> bytes:
     try:
-        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        return path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}): name a file that is there") from None
-    if path.suffix.lower() == ".txt":
-        return [_document(path, content)]
-    examples = list(_examples(path, content))
-    if not examples:
-        raise DataError(f"{path}: the file is empty: write an example a line")
-    return examples
 
 
 def _document(path: Path, content: bytes) -> Document:
@@ -122,11 +146,18 @@ def _document(path: Path, content: bytes) -> Document:
         raise DataError(f"{path}:{line}: this is not UTF-8: save the file as UTF-8") from None
 
 
-def _examples(path: Path, content: bytes) -> Iterator[Example]:
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if line.strip():
+def _lines(path: Path) -> Iterator[Line]:
+    if path.suffix.lower() not in (".jsonl", ".json"):
+        raise DataError(f"{path}: a file of this kind is not read: give .jsonl (an example a line) or .txt")
+    is_empty = True
+    for number, written in enumerate(_content(path).split(b"\n"), start=1):
+        if written.strip():
+            is_empty = False
             where = f"{path}:{number}"
-            yield _example(where, _record(where, line))
+            record = _record(where, written)
+            yield Line(where, written, record, _example(where, record))
+    if is_empty:
+        raise DataError(f"{path}: the file is empty: write an example a line")
 
 
 def _record(where: str, line: bytes) -> dict[str, Any]:
@@ -141,11 +172,11 @@ def _record(where: str, line: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: this JSON cannot be read ({error}): make it simpler") from None
     if not isinstance(record, dict):
-        raise DataError(f"{where}: this is {_kind_of(record)}, not an object: write {{...}}, and {TELL_ONE}")
+        raise DataError(f"{where}: this is {kind_of(record)}, not an object: write {{...}}, and {TELL_ONE}")
     return record
 
 
-def _example(where: str, record: dict[str, Any]) -> Example:
+def _example(where: str, record: dict[str, Any]) -> OfLine:
     named = tuple(key for key in KEYS if key in record)
     kind = KINDS.get(named)
     if kind is not None:
@@ -157,16 +188,17 @@ def _example(where: str, record: dict[str, Any]) -> Example:
 
 def _require_message(where: str, name: str, message: Any) -> None:
     if not isinstance(message, dict):
-        raise DataError(f"{where}: {name} is {_kind_of(message)}: make it an object with role and content")
+        raise DataError(f"{where}: {name} is {kind_of(message)}: make it an object with role and content")
     for key in ("role", "content"):
         if key not in message:
             raise DataError(f"{where}: {name} has no {key}: give every message a role and a content")
-        _require_text(where, f"{name}.{key}", message[key])
+        require_text(where, f"{name}.{key}", message[key])
 
 
-def _require_text(where: str, name: str, value: Any) -> None:
+def require_text(where: str, name: str, value: Any) -> None:
+    """Raises DataError for what is no text, is empty, or cannot be written."""
     if not isinstance(value, str):
-        raise DataError(f"{where}: {name} is {_kind_of(value)}: make it a text in quotes")
+        raise DataError(f"{where}: {name} is {kind_of(value)}: make it a text in quotes")
     if not value.strip():
         raise DataError(f"{where}: {name} is empty: fill it in, or leave it out of the data")
     try:
@@ -177,7 +209,7 @@ def _require_text(where: str, name: str, value: Any) -> None:
         ) from None
 
 
-def _kind_of(value: Any) -> str:
+def kind_of(value: Any) -> str:
     if value is None:
         return "null"
     names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}

@@ -25,6 +25,9 @@ def common_checkpoints(trunk: RemoteTrunk, wanted: str | bool, output_dir: Path)
             f"{output_dir if wanted is True else wanted} has no checkpoint of SplitTrainer "
             "that is whole: train from the start, without resume_from_checkpoint"
         )
+    if trunk.is_shared:
+        # The server's half is always the newest; this member goes on from its own step.
+        return [folder for folder, _ in whole]
     server = _server_has(trunk, whole[0][1].run)
     common = [folder for folder, note in whole if _is_half(note, server)]
     if not common:

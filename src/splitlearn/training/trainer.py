@@ -33,6 +33,7 @@ from splitlearn.training.part_rates import PartRates
 from splitlearn.training.resume import common_checkpoints, skip
 from splitlearn.training.run_plan import plan_by_arguments
 from splitlearn.training.split_metrics import SplitMetrics
+from splitlearn.training.step_underway import StepUnderway
 
 UNCLIPPED = float("inf")
 log = logging.getLogger("splitlearn")
@@ -72,6 +73,7 @@ class SplitTrainerMixin:
         self._verdict = Verdict()
         self._rates: list[float] = []
         self._trunk: RemoteTrunk = trunk_of(self.model)
+        self._underway = StepUnderway(self.model, self._trunk)
         self._split_metrics = SplitMetrics(self._trunk, self.anomalies)
         plan_by_arguments(self._trunk, self.args)
         self.add_callback(_SkippedSteps(self._trunk))  # type: ignore[attr-defined]
@@ -100,6 +102,8 @@ class SplitTrainerMixin:
         while True:
             try:
                 trained: TrainOutput = super().train(folder, *args, **kwargs)  # type: ignore[misc]
+                # A cohort's others do not wait for who has done its steps.
+                self._trunk.leave()
                 return trained
             except RunTakenOver:
                 # It is the other's now: to take it back would end both.
@@ -128,9 +132,9 @@ class SplitTrainerMixin:
         return folder
 
     def _require_fresh_run(self) -> None:
-        """Bottom and top begin anew, so the trunk must, too."""
+        """Bottom and top begin anew, so the trunk must, too; a cohort's goes on with whoever is there."""
         run = self._trunk.run
-        if self._trunk.joined_at_step:
+        if self._trunk.joined_at_step and not self._trunk.is_shared:
             raise SettingError(
                 f"run {run.name} is open on the server and stands at step {run.step}, this side begins anew: "
                 "resume with resume_from_checkpoint=True, begin anew on both sides with "
@@ -169,7 +173,9 @@ class SplitTrainerMixin:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
         finally:
             self.args.save_total_limit = limit
-        complete(checkpoint, run.name, run.step, saved.digest_of(run.step))
+        # A member's steps are not the run's, of which the server has the newest.
+        trunk_digest = 0 if self._trunk.is_shared else saved.digest_of(run.step)
+        complete(checkpoint, run.name, run.step, trunk_digest)
         rotate_checkpoints(
             output_dir=str(output_dir),
             save_total_limit=limit,
@@ -213,8 +219,11 @@ class SplitTrainerMixin:
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         scaler = self.accelerator.scaler  # type: ignore[attr-defined]
         self._trunk.run.loss_scale = scaler.get_scale() if scaler is not None else 1.0
-        loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        return loss
+        plain = super().training_step  # type: ignore[misc]
+        if not self._trunk.is_shared:
+            loss: Tensor = plain(*args, **kwargs)
+            return loss
+        return self._underway.train(plain, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -227,11 +236,17 @@ class SplitTrainerMixin:
         overflowed = getattr(optimizer, "found_inf", None)
         if self._verdict.skip or (overflowed is not None and bool(overflowed)):
             self._trunk.skip_step()
+            self._underway.forget()
             return
         self._rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] *= self._verdict.rate
-        self._trunk.step(learning_rate=self._part_rates.of_trunk(optimizer.param_groups))
+        rate = self._part_rates.of_trunk(optimizer.param_groups)
+        if not self._trunk.is_shared:
+            self._trunk.step(learning_rate=rate)
+        elif not self._underway.give(rate, lambda: self._clip_own(self.args.max_grad_norm)):
+            # Dropped there, so dropped here: without gradients the client's optimizer leaves all as it is.
+            self.model.zero_grad(set_to_none=True)
 
     def _restore_rate(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """The schedule knows nothing of steps that were made smaller."""
@@ -248,7 +263,11 @@ class SplitTrainerMixin:
     def _clip(self, model: nn.Module, max_norm: float) -> Tensor:
         accelerator = self.accelerator  # type: ignore[attr-defined]
         self._verdict = Verdict()
-        trunk_norms = self._trunk.grad_norms()
+        trunk_norms = (
+            self._underway.retrying(self._trunk.grad_norms)
+            if self._trunk.is_shared
+            else self._trunk.grad_norms()
+        )
         if accelerator.scaler is not None:
             if not trunk_norms.isfinite().all():
                 # The scaler looks at gradients here alone: let it see that the trunk's overflowed.
@@ -259,6 +278,11 @@ class SplitTrainerMixin:
             # Overflows are the scaler's everyday business.
             self._judge(float(norm))
         return norm
+
+    def _clip_own(self, max_norm: float) -> None:
+        """Of a step that was computed again: a norm that is 0 does not clip."""
+        if max_norm:
+            clip_grad_norm(self.model, max_norm)
 
     def _judge(self, norm: float) -> None:
         self._verdict = self.anomalies.judge(norm, self.state.global_step)  # type: ignore[attr-defined]

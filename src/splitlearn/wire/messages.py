@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from splitlearn.errors import SplitLearnError
-from splitlearn.vocabulary import LoraSettings, Precision, RunSettings, StepKey, Timings, Versions
+from splitlearn.vocabulary import LoraSettings, Merged, Precision, RunSettings, StepKey, Timings, Versions
 
 # B rows   T tokens   D hidden   H key/value heads   E head size
 
@@ -56,11 +56,16 @@ class StepMessage:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerStep:
-    """Scale the run's gradients, then step; `skip` drops them instead: they overflowed somewhere."""
+    """Scale the run's gradients, then step; `skip` drops them instead: they overflowed somewhere.
+
+    In a cohort the scaled gradients are a mean, over so much `weight` of the round's batch (tokens or
+    examples, as the cohort weighs).
+    """
 
     gradient_scale: float = 1.0
     learning_rate: float = 0.0
     skip: bool = False
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +111,7 @@ class AnswerMessage:
     error: SplitLearnError | None = None
     norms: Tensor | None = None
     stepped: bool = False
+    merged: Merged | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,18 +195,31 @@ class TrunkFacts:
 
 @dataclass(frozen=True, slots=True)
 class OpenRun:
-    """Begin a run under this name."""
+    """Begin a run under this name; in a cohort as the member of this name."""
 
     name: str
     settings: RunSettings = RunSettings()
     start_from: str = ""
+    member: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MemberFacts:
+    """Where a member of a cohort stands: its last step that was done, and the seconds left of its lease."""
+
+    name: str
+    state: str = ""
+    incarnation: int = 0
+    step: int = 0
+    lease_left_s: float = 0.0
+    staleness: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
     """Where a run stands: `step` optimizer steps are done, `checkpoints` are those on disk.
 
-    `digests` are theirs, in their order.
+    `digests` are theirs, in their order. A cohort has `members`.
     """
 
     name: str
@@ -213,6 +232,13 @@ class RunFacts:
     checkpoints: tuple[int, ...] = ()
     bytes_on_disk: int = 0
     digests: tuple[int, ...] = ()
+    members: tuple[MemberFacts, ...] = ()
+    member: str = ""
+
+    @property
+    def own(self) -> MemberFacts | None:
+        """Who is answered, where it is a member: `number` and `incarnation` are its own then."""
+        return next((each for each in self.members if each.name == self.member), None)
 
     def digest_of(self, step: int) -> int:
         """What tells the checkpoint of this step from any other; 0 where it is not known."""

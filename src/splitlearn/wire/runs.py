@@ -6,9 +6,15 @@ import math
 import re
 
 from splitlearn.errors import MessageError
-from splitlearn.vocabulary import LoraSettings, OptimizerSettings, RunSettings, TapeSettings
+from splitlearn.vocabulary import (
+    CohortSettings,
+    LoraSettings,
+    OptimizerSettings,
+    RunSettings,
+    TapeSettings,
+)
 from splitlearn.wire.generated import splitlearn_pb2 as pb
-from splitlearn.wire.messages import OpenRun, RunFacts
+from splitlearn.wire.messages import MemberFacts, OpenRun, RunFacts
 from splitlearn.wire.precision import precision_from_proto, precision_to_proto
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -31,6 +37,8 @@ def open_run_to_proto(open: OpenRun, client: bytes) -> pb.OpenRunRequest:
         accumulation=settings.accumulation,
         allow_download=settings.allow_download,
         start_from=open.start_from,
+        cohort=cohort_to_proto(settings.cohort),
+        member=open.member,
     )
 
 
@@ -50,8 +58,10 @@ def open_run_from_proto(proto: pb.OpenRunRequest) -> OpenRun:
             seed=proto.seed,
             accumulation=proto.accumulation,
             allow_download=proto.allow_download,
+            cohort=cohort_from_proto(proto.cohort),
         ),
         start_from=proto.start_from,
+        member=member_name(proto.member),
     )
 
 
@@ -64,6 +74,19 @@ def run_name(name: str) -> str:
     if not RUN_NAME.fullmatch(name):
         raise MessageError(
             f"{name[:80]!r} is no name for a run: letters, digits, - _ and . (not at the start), at most 64"
+        )
+    return name
+
+
+def member_name(name: str) -> str:
+    """What a member of a cohort is called; empty where there is none.
+
+    Raises:
+        MessageError: it has characters that no name should have.
+    """
+    if name and not RUN_NAME.fullmatch(name):
+        raise MessageError(
+            f"{name[:80]!r} is no member's name: letters, digits, - _ and . (not at the start), at most 64"
         )
     return name
 
@@ -84,6 +107,9 @@ def facts_to_proto(facts: RunFacts) -> pb.RunReply:
         precision=precision_to_proto(facts.settings.precision),
         seed=facts.settings.seed,
         allow_download=facts.settings.allow_download,
+        cohort=cohort_to_proto(facts.settings.cohort),
+        members=map(_member_to_proto, facts.members),
+        member=facts.member,
     )
 
 
@@ -101,10 +127,35 @@ def facts_from_proto(proto: pb.RunReply) -> RunFacts:
             precision=precision_from_proto(proto.precision),
             seed=proto.seed,
             allow_download=proto.allow_download,
+            cohort=cohort_from_proto(proto.cohort),
         ),
         checkpoints=tuple(proto.checkpoints),
         bytes_on_disk=proto.bytes_on_disk,
         digests=tuple(proto.checkpoint_digests),
+        members=tuple(map(_member_from_proto, proto.members)),
+        member=proto.member,
+    )
+
+
+def _member_to_proto(member: MemberFacts) -> pb.Member:
+    return pb.Member(
+        name=member.name,
+        state=member.state,
+        incarnation=member.incarnation,
+        last_step=member.step,
+        lease_left_s=member.lease_left_s,
+        staleness=member.staleness,
+    )
+
+
+def _member_from_proto(proto: pb.Member) -> MemberFacts:
+    return MemberFacts(
+        name=proto.name,
+        state=proto.state,
+        incarnation=proto.incarnation,
+        step=proto.last_step,
+        lease_left_s=proto.lease_left_s,
+        staleness=proto.staleness,
     )
 
 
@@ -172,3 +223,45 @@ def optimizer_from_proto(proto: pb.OptimizerSettings) -> OptimizerSettings:
     if not all(math.isfinite(figure) and figure >= 0 for figure in figures):
         raise MessageError("an optimizer's settings are finite numbers, none of them below 0")
     return settings
+
+
+def cohort_to_proto(cohort: CohortSettings) -> pb.CohortSettings:
+    return pb.CohortSettings(
+        rule=cohort.rule,
+        members=cohort.members,
+        quorum=cohort.quorum,
+        timeout_s=cohort.timeout_s,
+        carry_late=cohort.carry_late,
+        buffer=cohort.buffer,
+        staleness_exponent=cohort.staleness_exponent,
+        staleness_limit=cohort.staleness_limit,
+        age_limit_s=cohort.age_limit_s,
+        weighting=cohort.weighting,
+        clip_norm=cohort.clip_norm,
+    )
+
+
+def cohort_from_proto(proto: pb.CohortSettings) -> CohortSettings:
+    """Without a rule it is a private run's; which rules there are, the engine knows.
+
+    Raises:
+        MessageError: a figure is none.
+    """
+    if not proto.rule:
+        return CohortSettings()
+    figures = (proto.timeout_s, proto.staleness_exponent, proto.age_limit_s, proto.clip_norm)
+    if not all(math.isfinite(figure) and figure >= 0 for figure in figures):
+        raise MessageError("a cohort's settings are finite numbers, none of them below 0")
+    return CohortSettings(
+        rule=proto.rule,
+        members=proto.members,
+        quorum=proto.quorum,
+        timeout_s=proto.timeout_s,
+        carry_late=proto.carry_late,
+        buffer=proto.buffer,
+        staleness_exponent=proto.staleness_exponent,
+        staleness_limit=proto.staleness_limit,
+        age_limit_s=proto.age_limit_s,
+        weighting=proto.weighting,
+        clip_norm=proto.clip_norm,
+    )

@@ -39,6 +39,8 @@ CLASSES: dict[pb.ErrorCode, type[SplitLearnError]] = {
     pb.CHECKPOINT: errors.CheckpointError,
     pb.RUN_BROKEN: errors.RunBroken,
     pb.RUN_TAKEN_OVER: errors.RunTakenOver,
+    pb.ROUND_UNFINISHED: errors.RoundUnfinished,
+    pb.CONTRIBUTION_LOST: errors.ContributionLost,
 }
 CODES = {kind: code for code, kind in CLASSES.items()}
 
@@ -50,6 +52,8 @@ def error_to_proto(error: SplitLearnError) -> pb.Error:
     for name, value in error.facts.items():
         if name == "current_step":
             proto.current_step = int(value)
+        elif name == "retry_after_ms":
+            proto.retry_after_ms = int(value)
         elif isinstance(value, int | float):
             proto.figures[name] = value
     return proto
@@ -64,6 +68,8 @@ def error_from_proto(proto: pb.Error) -> SplitLearnError:
     }
     if kind is StepOutOfOrder:
         facts["current_step"] = proto.current_step
+    if proto.retry_after_ms:
+        facts["retry_after_ms"] = proto.retry_after_ms
     return kind(proto.message[:MAX_MESSAGE_CHARACTERS], facts=facts)
 
 

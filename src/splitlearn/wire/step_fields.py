@@ -15,6 +15,7 @@ from splitlearn.wire.messages import OptimizerStep
 
 MAX_POSITION = 1 << 31
 MAX_DEADLINE_S = 24 * 3600.0
+MAX_WEIGHT = 1e12
 
 # B rows   T tokens
 
@@ -85,4 +86,6 @@ def optimizer(proto: pb.Step) -> OptimizerStep | None:
     step = proto.optimizer
     if not all(math.isfinite(each) and each >= 0 for each in (step.gradient_scale, step.learning_rate)):
         raise MessageError("an optimizer step's scale and learning rate are finite numbers, none below 0")
-    return OptimizerStep(step.gradient_scale, step.learning_rate, step.skip)
+    if not 0 <= proto.weight <= MAX_WEIGHT:
+        raise MessageError(f"a weight of {proto.weight}: it must lie between 0 and {MAX_WEIGHT:g}")
+    return OptimizerStep(step.gradient_scale, step.learning_rate, step.skip, proto.weight or 1.0)

@@ -213,7 +213,7 @@ def running(whole: PreTrainedModel, compile: CompileMode) -> Iterator[Engine]:
     engine.start()
     try:
         for seed, name in enumerate(ADAPTERS):
-            engine.runs.load_adapter(message(whole, name, seed)).result(WAIT_S)
+            engine.runs.load_adapter(ME, message(whole, name, seed)).result(WAIT_S)
         yield engine
     finally:
         engine.stop()
@@ -345,7 +345,7 @@ def test_what_cannot_be_mixed_runs_beside_the_others_in_batches_of_its_own(engin
 def test_an_adapter_that_is_unloaded_costs_its_own_sessions_only(engine, whole) -> None:
     texts = Texts(engine, ["small", "all", ""])
     texts.step(4)
-    engine.runs.unload_adapter("small").result(WAIT_S)
+    engine.runs.unload_adapter(ME, "small").result(WAIT_S)
     with pytest.raises(AdapterError, match="unloaded"):
         texts.step(1)
     del texts.adapters[1]
@@ -360,7 +360,7 @@ def test_places_go_with_their_last_session(engine, whole) -> None:
     engine.fork(ME, ForkMessage(1, 9, incarnation=0, at_step=1)).result(WAIT_S)
     for number in (1, 2):
         engine.close(ME, CloseMessage(number, 0)).result(WAIT_S)
-    small, all_ = (engine._runs.adapter(name) for name in ("small", "all"))
+    small, all_ = (engine._runs.adapter(ME, name) for name in ("small", "all"))
     engine._queue.ask(lambda: None).result(WAIT_S)
     asked = StepMessage(StepKey(session=3, step=2), tokens(1, 3))
     engine.submit(ME, asked).result(WAIT_S)
@@ -375,8 +375,8 @@ def test_sessions_keep_the_version_that_they_began_with_while_its_run_is_trained
     engine.runs.open(ME, OpenRun("run", settings)).result(WAIT_S)
 
     def train(run: Run) -> AdapterVersion:
-        gradients = random_like(run.masters, seed=run.next_step)
-        run.accumulate(list(gradients.values()), 1.0)
+        gradients = random_like(run.masters, seed=run.owner.next_step)
+        run.owner.contribution.add(list(gradients.values()), 1.0)
         run.apply(OptimizerStep(1.0, 0.1))
         return run.current
 
@@ -444,7 +444,7 @@ def test_in_steady_state_adapters_come_and_go_and_nothing_is_recorded(whole) -> 
         assert recorded[0] == bare + 1
         assert recorded == recorded[:1] * 4
         older = list(engine.graphs._banked.values())
-        engine.runs.load_adapter(replace(message(whole, "all", 7), name="wide")).result(WAIT_S)
+        engine.runs.load_adapter(ME, replace(message(whole, "all", 7), name="wide")).result(WAIT_S)
         texts = Texts(engine, ["all", "small", "wide", ""])
         for number in texts.adapters:
             engine.close(ME, CloseMessage(number, 0)).result(WAIT_S)

@@ -26,7 +26,7 @@ def first_weights() -> dict[str, Tensor]:
 
 
 def a_run(optimizer: OptimizerSettings = SGD, **settings) -> Run:
-    return Run("notes", 5, RunSettings(optimizer=optimizer, **settings), "slot0", first_weights(), ME)
+    return Run("notes", RunSettings(optimizer=optimizer, **settings), "slot0", first_weights(), ME)
 
 
 def gradients(seed: int) -> list[Tensor]:
@@ -43,7 +43,7 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
 
 def train(run: Run, *seeds: int, rate: float = 0.1) -> None:
     for seed in seeds:
-        run.accumulate(gradients(seed), 1.0)
+        run.owner.contribution.add(gradients(seed), 1.0)
         run.apply(OptimizerStep(1.0, rate))
 
 
@@ -53,39 +53,39 @@ def train(run: Run, *seeds: int, rate: float = 0.1) -> None:
 def test_microbatches_add_up_in_the_order_they_come_as_torch_adds_them():
     run, weight = a_run(), torch.nn.Parameter(torch.zeros(2, 3))
     for seed in (1, 2, 3):
-        run.accumulate(gradients(seed), 1.0)
+        run.owner.contribution.add(gradients(seed), 1.0)
         (weight * gradients(seed)[0]).sum().backward()
     assert torch.equal(run.gradients()["lower.lora_A"], weight.grad)
     other = a_run()
     for seed in (3, 2, 1):
-        other.accumulate(gradients(seed), 1.0)
+        other.owner.contribution.add(gradients(seed), 1.0)
     assert not same(other.gradients(), run.gradients()), "or the order would not matter"
 
 
 def test_each_microbatchs_own_loss_scale_is_taken_out():
     run, plain = a_run(), a_run()
     for seed, scale in ((1, 1024.0), (2, 4.0), (3, 1.0)):
-        plain.accumulate(gradients(seed), 1.0)
-        run.accumulate([gradient * scale for gradient in gradients(seed)], scale)
+        plain.owner.contribution.add(gradients(seed), 1.0)
+        run.owner.contribution.add([gradient * scale for gradient in gradients(seed)], scale)
     assert same(run.gradients(), plain.gradients())
 
 
 def test_gradients_in_half_precision_are_added_in_float32():
     run = a_run()
     small = [torch.full(shape, 2.0**-12, dtype=torch.bfloat16) for shape in SHAPES.values()]
-    run.accumulate([torch.ones_like(each) for each in small], 1.0)
-    run.accumulate(small, 1.0)
+    run.owner.contribution.add([torch.ones_like(each) for each in small], 1.0)
+    run.owner.contribution.add(small, 1.0)
     assert {gradient.dtype for gradient in run.gradients().values()} == {torch.float32}
     assert run.gradients()["lower.lora_B"][0, 0] == 1 + 2.0**-12
 
 
 def test_norms_are_torchs_one_a_weight_and_minus_one_where_there_is_none():
     run, arrived = a_run(), gradients(1)
-    run.accumulate([arrived[0], None, arrived[2]], 1.0)
+    run.owner.contribution.add([arrived[0], None, arrived[2]], 1.0)
     there = torch._foreach_norm([arrived[0], arrived[2]], 2.0)
-    assert torch.equal(run.gradient_norms(), torch.stack([there[0], torch.tensor(-1.0), there[1]]))
-    assert a_run().gradient_norms().tolist() == [-1, -1, -1]
-    assert Run("bare", 1, RunSettings(), None, {}, ME).gradient_norms().shape == (0,)
+    assert torch.equal(run.owner.contribution.norms(), torch.stack([there[0], torch.tensor(-1.0), there[1]]))
+    assert a_run().owner.contribution.norms().tolist() == [-1, -1, -1]
+    assert Run("bare", RunSettings(), None, {}, ME).owner.contribution.norms().shape == (0,)
 
 
 # ---------------------------------------------------------------- optimizer steps
@@ -104,7 +104,7 @@ def test_steps_move_the_weights_as_the_librarys_optimizer_does(name):
         else torch.optim.AdamW(weights, weight_decay=0.1, **how)
     )
     for seed, (scale, rate) in enumerate([(1.0, 0.1), (0.25, 0.05), (1.0, 0.0), (0.5, 0.2)]):
-        run.accumulate(gradients(seed), 1.0)
+        run.owner.contribution.add(gradients(seed), 1.0)
         run.apply(OptimizerStep(scale, rate))
         for weight, gradient in zip(weights, gradients(seed), strict=True):
             weight.grad = gradient * scale
@@ -131,6 +131,20 @@ def test_each_step_publishes_a_version_and_the_older_ones_stay_what_they_are():
     assert not same(copies[1], copies[2])
 
 
+def test_the_newest_version_takes_no_memory_of_its_own_and_a_restore_leaves_the_others_as_they_are():
+    run = a_run()
+    start = run.snapshot()
+    train(run, 1)
+    version, values = run.current, weights_of(run)
+    for name, master in run.masters.items():
+        assert version.weights[name].data_ptr() == master.data_ptr()
+    run.restore(start)
+    assert all(torch.equal(version.weights[name], value) for name, value in values.items())
+    assert not same(weights_of(run), values)
+    train(run, 1)
+    assert same(weights_of(run), values)
+
+
 def test_gradients_are_used_once():
     run = a_run()
     train(run, 1)
@@ -142,7 +156,7 @@ def test_gradients_are_used_once():
 
 def test_a_weight_without_a_gradient_stays_where_it_is():
     run, before = a_run(OptimizerSettings("adamw_torch", weight_decay=0.5)), first_weights()
-    run.accumulate([gradients(1)[0], None, None], 1.0)
+    run.owner.contribution.add([gradients(1)[0], None, None], 1.0)
     run.apply(OptimizerStep(1.0, 0.1))
     stayed = [name for name, weight in weights_of(run).items() if torch.equal(weight, before[name])]
     assert stayed == ["lower.lora_B", "upper.lora_A"]
@@ -153,7 +167,7 @@ def test_a_skipped_step_drops_its_gradients_and_moves_the_step_alone(name):
     run, plain = (a_run(OptimizerSettings(name, momentum=0.9)) for _ in range(2))
     train(run, 1)
     before = run.current
-    run.accumulate([gradient * torch.inf for gradient in gradients(2)], 1.0)
+    run.owner.contribution.add([gradient * torch.inf for gradient in gradients(2)], 1.0)
     run.apply(OptimizerStep(skip=True))
     assert run.current is before
     assert (run.step, run.version, run.skipped) == (2, 1, 1)
@@ -170,8 +184,8 @@ def test_a_step_may_be_skipped_before_any_gradient_came():
 
 
 def test_a_run_without_weights_counts_its_steps():
-    run = Run("bare", 1, RunSettings(), None, {}, ME)
-    run.accumulate([], 1.0)
+    run = Run("bare", RunSettings(), None, {}, ME)
+    run.owner.contribution.add([], 1.0)
     run.apply(OptimizerStep(1.0, 0.1))
     assert (run.step, run.version) == (1, 0)
 
@@ -239,44 +253,44 @@ def answer(step: int, microbatch: int = 0, phase: Phase = Phase.BACKWARD) -> Ans
 
 def test_a_step_that_was_done_is_answered_from_what_was_kept_and_any_other_is_out_of_order():
     run = a_run()
-    assert run.kept_step(1) is None, "the next one is to be done"
+    assert run.owner.kept_step(1) is None, "the next one is to be done"
     train(run, 1)
     done = answer(1, phase=Phase.OPTIMIZER_STEP)
-    run.keep_step(done)
-    assert run.kept_step(1) is done
-    assert run.kept_step(2) is None
+    run.owner.last = done
+    assert run.owner.kept_step(1) is done
+    assert run.owner.kept_step(2) is None
     for wrong in (0, 3, 99):
         with pytest.raises(StepOutOfOrder, match="next is step 2") as refused:
-            run.kept_step(wrong)
+            run.owner.kept_step(wrong)
         assert refused.value.facts == {"current_step": 2, "current_version": 1}
 
 
 def test_a_microbatch_that_is_computed_again_counts_once_a_step():
     run, plain = a_run(), a_run()
-    plain.accumulate(gradients(1), 1.0)
+    plain.owner.contribution.add(gradients(1), 1.0)
     for _ in range(2):
-        run.accumulate_once((1, 0), gradients(1), 1.0)
+        run.owner.contribution.add_once((1, 0), gradients(1), 1.0)
     assert same(run.gradients(), plain.gradients())
-    assert run.has_accumulated((1, 0))
-    assert not run.has_accumulated((1, 1))
+    assert run.owner.contribution.has((1, 0))
+    assert not run.owner.contribution.has((1, 1))
     run.apply(OptimizerStep(1.0, 0.1))
-    assert not run.has_accumulated((1, 0))
+    assert not run.owner.contribution.has((1, 0))
 
 
 def test_who_joins_gets_a_new_incarnation_and_nothing_half_done():
     run = a_run()
     train(run, 1)
     before = run.current
-    run.keep_step(answer(1, phase=Phase.OPTIMIZER_STEP))
-    run.accumulate_once((2, 0), gradients(2), 1.0)
+    run.owner.last = answer(1, phase=Phase.OPTIMIZER_STEP)
+    run.owner.contribution.add_once((2, 0), gradients(2), 1.0)
     run.rejoin(YOU)
     facts = run.facts()
     assert (run.client, facts.incarnation, facts.step, facts.version) == (YOU, 2, 1, 1)
     assert run.current is before
     assert list(run.gradients().values()) == [None] * 3
-    assert not run.has_accumulated((2, 0))
+    assert not run.owner.contribution.has((2, 0))
     with pytest.raises(StepOutOfOrder):
-        run.kept_step(1)
+        run.owner.kept_step(1)
 
 
 # ---------------------------------------------------------------- snapshots
@@ -292,7 +306,7 @@ def test_a_restored_run_goes_on_as_if_nothing_had_happened(name, momentum):
     snapshot = run.snapshot()
     train(run, 3, 4)
     train(restored, 9)
-    restored.accumulate(gradients(8), 1.0)
+    restored.owner.contribution.add(gradients(8), 1.0)
     restored.restore(snapshot)
     assert (restored.step, restored.version, restored.skipped) == (3, 2, 1)
     assert list(restored.gradients().values()) == [None] * 3

@@ -84,7 +84,7 @@ class Desk:
 
     def open(self, name: str = "notes", lora: LoraSettings = LORA, **settings) -> Run:
         """A run whose weights are all random: with B at zero A would get no gradient."""
-        run = self.table.open(ME, OpenRun(name, RunSettings(lora=lora, **settings)))
+        run = self.table.open(ME, OpenRun(name, RunSettings(lora=lora, **settings))).run
         snapshot = run.snapshot()
         generator = torch.Generator().manual_seed(len(name))
         weights = {
@@ -96,13 +96,13 @@ class Desk:
 
     def ask(self, run: Run, phase: Phase, tensor: Tensor | None = None, **fields) -> AnswerMessage:
         key = StepKey(
-            run=run.number,
-            incarnation=fields.pop("incarnation", run.incarnation),
-            step=fields.pop("step", run.next_step),
+            run=run.owner.number,
+            incarnation=fields.pop("incarnation", run.owner.incarnation),
+            step=fields.pop("step", run.owner.next_step),
             microbatch=fields.pop("microbatch", 0),
             phase=phase,
         )
-        return self.steps.do(self.table.find(key), RunStepMessage(key, tensor, **fields))
+        return self.steps.do(self.table.find(run.client, key), RunStepMessage(key, tensor, **fields))
 
     def forward(self, run: Run, activation: Tensor = X, **fields) -> Tensor:
         return self.ask(run, Phase.FORWARD, activation, **fields).activation_BTD
@@ -246,7 +246,7 @@ def test_below_a_frozen_bottom_no_gradient_is_sent_and_the_trunks_are_the_same(d
 
 
 def test_a_run_without_weights_passes_gradients_through_and_counts_its_steps(desk, whole):
-    run = desk.table.open(ME, OpenRun("bare", RunSettings(lora=LoraSettings(r=0))))
+    run = desk.table.open(ME, OpenRun("bare", RunSettings(lora=LoraSettings(r=0)))).run
     expected = alone(
         whole, LORA, {name: torch.zeros_like(each) for name, each in desk.open().masters.items()}
     )
@@ -551,13 +551,13 @@ def test_a_backward_that_is_asked_twice_counts_once(desk):
 
 @pytest.mark.parametrize("lora", [DROPS, LoraSettings(r=0)], ids=["trained", "not trained"])
 def test_a_backward_whose_kept_answer_is_gone_too_is_computed_again_and_counts_once(desk, lora):
-    run = desk.open(lora=lora) if lora.r else desk.table.open(ME, OpenRun("bare", RunSettings(lora=lora)))
+    run = desk.open(lora=lora) if lora.r else desk.table.open(ME, OpenRun("bare", RunSettings(lora=lora))).run
     expected = asked(desk, run, seed=SEED)
-    desk.tape.forget_answers(run.number)
+    desk.tape.forget_answers(run.owner.number)
     with pytest.raises(TapeExpired):
         desk.backward(run)
     assert asked(desk, run, seed=SEED) == expected
-    assert run.has_accumulated((1, 0))
+    assert run.owner.contribution.has((1, 0))
 
 
 def test_without_a_gradient_to_answer_a_repeated_backward_needs_nothing_that_was_kept(desk):
@@ -613,7 +613,7 @@ def test_a_gradient_of_another_shape_is_refused_and_the_forward_can_be_asked_for
 
 @pytest.mark.parametrize("lora", [LORA, LoraSettings(r=0)], ids=["trained", "not trained"])
 def test_a_gradient_at_the_lower_cut_that_the_forward_did_not_prepare_is_refused(desk, lora):
-    run = desk.table.open(ME, OpenRun("notes", RunSettings(lora=lora)))
+    run = desk.table.open(ME, OpenRun("notes", RunSettings(lora=lora))).run
     desk.forward(run, want_input_gradient=False)
     with pytest.raises(MessageError):
         desk.backward(run)
@@ -656,7 +656,7 @@ def test_who_joins_fences_the_older_incarnation_off_and_discards_its_gradients(d
     asked(desk, run, X, microbatch=0)
     desk.forward(run, Y, microbatch=1)
     desk.forward(other)
-    assert desk.table.join(YOU, "notes") is run
+    assert desk.table.join(YOU, "notes").run is run
     assert gradients_of(run) == {}
     assert len(desk.tape) == 1, "the other run's"
     for phase, tensor in ((Phase.FORWARD, X), (Phase.BACKWARD, UP), (Phase.OPTIMIZER_STEP, None)):
@@ -710,7 +710,7 @@ def test_a_restored_run_trains_on_as_if_undisturbed(desk, whole, optimizer, is_o
         before = second.open(**settings)
         second.train(before, X)
         second.forward(before)
-    restored = second.table.restore(YOU, snapshot)
+    restored = second.table.restore(YOU, snapshot).run
     assert (restored.step, restored.version, len(second.tape)) == (2, 2, 0)
     assert same(weights_now(restored), dict(snapshot.weights))
     if is_open:

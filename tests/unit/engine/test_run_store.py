@@ -521,3 +521,19 @@ def test_a_deleted_run_leaves_nothing_and_says_what_it_freed(store, folder):
     assert store.names() == ["letters"]
     assert not folder().parent.exists()
     assert store.delete("notes") == 0
+
+
+def test_a_folder_that_goes_while_it_is_counted_is_no_error(tmp_path, monkeypatch):
+    """A cohort's checkpoints come and go while others ask what is on the disk."""
+    for step in (1, 2):
+        (tmp_path / "notes" / f"step-{step:08d}").mkdir(parents=True)
+        (tmp_path / "notes" / f"step-{step:08d}" / "run.json").write_text("{}")
+    scandir = os.scandir
+
+    def gone(folder):
+        if str(folder).endswith("step-00000001"):
+            raise FileNotFoundError(folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", gone)
+    assert RunStore(tmp_path).bytes("notes") == 2

@@ -63,11 +63,11 @@ def asked(name: str = "notes", **settings) -> OpenRun:
 
 
 def test_a_run_is_found_by_its_name_and_by_its_steps(table):
-    run = table.open(ME, asked())
+    run = table.open(ME, asked()).run
     assert table.named("notes") is run
-    assert table.find(StepKey(run=run.number, incarnation=1)) is run
+    assert table.find(ME, StepKey(run=run.owner.number, incarnation=1)).run is run
     assert (run.facts().step, run.facts().version, run.facts().state) == (0, 0, "open")
-    assert run.number != table.open(ME, asked("other")).number != 0
+    assert run.owner.number != table.open(ME, asked("other")).number != 0
 
 
 def test_a_name_that_is_taken_is_refused(table):
@@ -93,8 +93,8 @@ def test_first_weights_are_the_seeds_whoever_was_there_before(table, whole):
     table.open(ME, asked("other", seed=1))
     table.close("other")
     table.open(ME, asked("another", seed=2))
-    weights = table.open(ME, asked(seed=5)).current.weights
-    expected = Table(whole).open(ME, asked(seed=5)).current.weights
+    weights = table.open(ME, asked(seed=5)).run.current.weights
+    expected = Table(whole).open(ME, asked(seed=5)).run.current.weights
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
@@ -150,14 +150,14 @@ def test_a_closed_run_leaves_nothing_and_its_name_is_free(table):
 
 
 def test_generation_is_given_the_runs_weights_as_they_are(table):
-    run = table.open(ME, asked())
-    assert table.adapter("notes") is run.current
+    run = table.open(ME, asked()).run
+    assert table.adapter(ME, "notes") is run.current
     with pytest.raises(AdapterError, match="no adapter 'other'"):
-        table.adapter("other")
+        table.adapter(ME, "other")
 
 
 def test_a_restore_that_fails_halfway_breaks_a_run_that_was_open_and_leaves_no_new_one(table, monkeypatch):
-    snapshot = table.open(ME, asked()).snapshot()
+    snapshot = table.open(ME, asked()).run.snapshot()
     with monkeypatch.context() as full:
         full.setattr(Run, "_published", no_memory)
         with pytest.raises(torch.OutOfMemoryError):
@@ -182,21 +182,21 @@ def no_memory(*_: object) -> None:
 
 
 def test_who_is_fenced_off_is_told_that_the_run_is_somebody_elses(table):
-    run = table.open(ME, asked())
+    run = table.open(ME, asked()).run
     table.join(YOU, "notes")
     with pytest.raises(RunTakenOver, match=r"incarnation 2.*Let this training end"):
-        table.find(StepKey(run=run.number, incarnation=1))
-    assert table.find(StepKey(run=run.number, incarnation=2)) is run
+        table.find(ME, StepKey(run=run.owner.number, incarnation=1))
+    assert table.find(YOU, StepKey(run=run.owner.number, incarnation=2)).run is run
 
 
 @pytest.mark.parametrize("is_open", [True, False])
 def test_a_snapshot_that_does_not_fit_is_refused_and_leaves_what_was(table, is_open):
-    run = table.open(ME, asked())
+    run = table.open(ME, asked()).run
     snapshot = run.snapshot()
     table.close("notes")
     torn = type(snapshot)(**{name: getattr(snapshot, name) for name in snapshot.__slots__} | {"weights": {}})
     if is_open:
-        run = table.open(ME, asked())
+        run = table.open(ME, asked()).run
     before = table.adapters()
     with pytest.raises(CheckpointError):
         table.restore(YOU, torn)

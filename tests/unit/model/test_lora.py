@@ -361,6 +361,23 @@ def test_a_graph_keeps_the_version_it_was_built_with(trunk: TrunkSegment) -> Non
     assert all(map(torch.equal, torch.autograd.grad(graph, list(older.values())), expected))
 
 
+def test_the_layers_of_an_adapter_that_is_not_bound_hold_nothing(trunk):
+    slots = LoraSlots(trunk.causal_lm)
+    weights = {slot: random_like(slots.add(slot, ALL, seed=0), ord(slot)) for slot in "ab"}
+    assert not held(trunk)
+    for slot in "aba":
+        slots.bind(slot, weights[slot])
+        assert held(trunk) == {each.data_ptr() for each in weights[slot].values()}
+    slots.bind(None)
+    assert not held(trunk)
+    slots.remove("a")
+    slots.bind("b", weights["b"])
+
+
+def held(trunk: TrunkSegment) -> set[int]:
+    return {each.data_ptr() for name, each in trunk.named_parameters() if "lora_" in name}
+
+
 def test_an_adapter_that_comes_or_goes_leaves_the_others(folder: Path, trunk: TrunkSegment) -> None:
     bare, slots = run(trunk), LoraSlots(trunk.causal_lm)
     held = random_like(slots.add("a", ALL, seed=0), 1)

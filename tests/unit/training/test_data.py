@@ -11,7 +11,8 @@ from splitlearn.client.training import prepare_training
 from splitlearn.errors import DataError, SettingError
 from splitlearn.testing.loopback import split_over_loopback
 from splitlearn.testing.tiny import tiny_config, tiny_model
-from splitlearn.training.data import held_out, training_data
+from splitlearn.training.data import training_data
+from splitlearn.training.held_out import held_out
 from splitlearn.training.lines import Completion, read_examples
 from splitlearn.training.tokens import IGNORED
 from splitlearn.training.trainer import SplitTrainer

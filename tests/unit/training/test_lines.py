@@ -3,7 +3,7 @@ import json
 import pytest
 
 from splitlearn.errors import DataError, SettingError
-from splitlearn.training.lines import Chat, Completion, Document, Text, read_examples
+from splitlearn.training.lines import Chat, Completion, Document, Text, read_examples, read_lines
 
 CHAT = [{"role": "user", "content": "When?"}, {"role": "assistant", "content": "At two."}]
 GOOD = {"text": "A good line."}
@@ -140,3 +140,20 @@ def test_no_file_is_an_error():
 
 def test_a_caller_may_take_it_for_a_setting():
     assert issubclass(DataError, SettingError)
+
+
+def test_a_line_is_kept_as_it_stands_in_its_file(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"text" : "one", "site": 1}\r\n\n {"text": "\xc3\xa9"}')
+    first, second = read_lines(file)
+    assert (first.written, first.record["site"], first.where) == (
+        b'{"text" : "one", "site": 1}\r',
+        1,
+        f"{file}:1",
+    )
+    assert (second.written, second.example) == (' {"text": "é"}'.encode(), Text(f"{file}:3", "é"))
+
+
+def test_a_plain_file_has_no_lines_to_tell_apart(write):
+    with pytest.raises(DataError, match=r"write an example a line, as \.jsonl"):
+        read_lines(write("First line.", name="notes.txt"))

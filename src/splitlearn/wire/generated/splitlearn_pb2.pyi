@@ -44,6 +44,13 @@ class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OPTIMIZER_STEP: _ClassVar[Phase]
     EVALUATE: _ClassVar[Phase]
 
+class Fate(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FATE_UNSPECIFIED: _ClassVar[Fate]
+    MERGED: _ClassVar[Fate]
+    KEPT: _ClassVar[Fate]
+    DROPPED: _ClassVar[Fate]
+
 class ChecksumKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     NO_CHECKSUM: _ClassVar[ChecksumKind]
@@ -80,6 +87,8 @@ class ErrorCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CHECKPOINT: _ClassVar[ErrorCode]
     RUN_BROKEN: _ClassVar[ErrorCode]
     RUN_TAKEN_OVER: _ClassVar[ErrorCode]
+    ROUND_UNFINISHED: _ClassVar[ErrorCode]
+    CONTRIBUTION_LOST: _ClassVar[ErrorCode]
 DTYPE_UNSPECIFIED: DType
 FLOAT32: DType
 BFLOAT16: DType
@@ -105,6 +114,10 @@ BACKWARD: Phase
 GRADIENT_NORMS: Phase
 OPTIMIZER_STEP: Phase
 EVALUATE: Phase
+FATE_UNSPECIFIED: Fate
+MERGED: Fate
+KEPT: Fate
+DROPPED: Fate
 NO_CHECKSUM: ChecksumKind
 XXH3_64: ChecksumKind
 CRC32C: ChecksumKind
@@ -136,6 +149,8 @@ STALE_GRADIENT: ErrorCode
 CHECKPOINT: ErrorCode
 RUN_BROKEN: ErrorCode
 RUN_TAKEN_OVER: ErrorCode
+ROUND_UNFINISHED: ErrorCode
+CONTRIBUTION_LOST: ErrorCode
 
 class CodecParameters(_message.Message):
     __slots__ = ("group_size", "bits", "ratio", "scales")
@@ -296,7 +311,7 @@ class Timings(_message.Message):
     def __init__(self, queued_us: _Optional[int] = ..., device_us: _Optional[int] = ..., copied_us: _Optional[int] = ...) -> None: ...
 
 class Answer(_message.Message):
-    __slots__ = ("key", "activation", "timings", "adapter", "norms", "error", "stepped")
+    __slots__ = ("key", "activation", "timings", "adapter", "norms", "error", "stepped", "merged")
     KEY_FIELD_NUMBER: _ClassVar[int]
     ACTIVATION_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
@@ -304,6 +319,7 @@ class Answer(_message.Message):
     NORMS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     STEPPED_FIELD_NUMBER: _ClassVar[int]
+    MERGED_FIELD_NUMBER: _ClassVar[int]
     key: StepKey
     activation: Frame
     timings: Timings
@@ -311,7 +327,20 @@ class Answer(_message.Message):
     norms: Frame
     error: Error
     stepped: bool
-    def __init__(self, key: _Optional[_Union[StepKey, _Mapping]] = ..., activation: _Optional[_Union[Frame, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., adapter: _Optional[_Union[AdapterVersion, _Mapping]] = ..., norms: _Optional[_Union[Frame, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., stepped: bool = ...) -> None: ...
+    merged: Merged
+    def __init__(self, key: _Optional[_Union[StepKey, _Mapping]] = ..., activation: _Optional[_Union[Frame, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., adapter: _Optional[_Union[AdapterVersion, _Mapping]] = ..., norms: _Optional[_Union[Frame, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., stepped: bool = ..., merged: _Optional[_Union[Merged, _Mapping]] = ...) -> None: ...
+
+class Merged(_message.Message):
+    __slots__ = ("fate", "round", "staleness", "members")
+    FATE_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    fate: Fate
+    round: int
+    staleness: int
+    members: int
+    def __init__(self, fate: _Optional[_Union[Fate, str]] = ..., round: _Optional[int] = ..., staleness: _Optional[int] = ..., members: _Optional[int] = ...) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("number", "data", "total_bytes", "offset", "tensor_bytes", "checksum")
@@ -571,7 +600,7 @@ class OptimizerSettings(_message.Message):
     def __init__(self, name: _Optional[str] = ..., learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., beta1: _Optional[float] = ..., beta2: _Optional[float] = ..., epsilon: _Optional[float] = ..., momentum: _Optional[float] = ...) -> None: ...
 
 class CohortSettings(_message.Message):
-    __slots__ = ("rule", "members", "quorum", "timeout_s", "buffer", "staleness_exponent", "staleness_limit")
+    __slots__ = ("rule", "members", "quorum", "timeout_s", "buffer", "staleness_exponent", "staleness_limit", "carry_late", "age_limit_s", "weighting", "clip_norm")
     RULE_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
     QUORUM_FIELD_NUMBER: _ClassVar[int]
@@ -579,6 +608,10 @@ class CohortSettings(_message.Message):
     BUFFER_FIELD_NUMBER: _ClassVar[int]
     STALENESS_EXPONENT_FIELD_NUMBER: _ClassVar[int]
     STALENESS_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    CARRY_LATE_FIELD_NUMBER: _ClassVar[int]
+    AGE_LIMIT_S_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTING_FIELD_NUMBER: _ClassVar[int]
+    CLIP_NORM_FIELD_NUMBER: _ClassVar[int]
     rule: str
     members: int
     quorum: int
@@ -586,7 +619,11 @@ class CohortSettings(_message.Message):
     buffer: int
     staleness_exponent: float
     staleness_limit: int
-    def __init__(self, rule: _Optional[str] = ..., members: _Optional[int] = ..., quorum: _Optional[int] = ..., timeout_s: _Optional[float] = ..., buffer: _Optional[int] = ..., staleness_exponent: _Optional[float] = ..., staleness_limit: _Optional[int] = ...) -> None: ...
+    carry_late: bool
+    age_limit_s: float
+    weighting: str
+    clip_norm: float
+    def __init__(self, rule: _Optional[str] = ..., members: _Optional[int] = ..., quorum: _Optional[int] = ..., timeout_s: _Optional[float] = ..., buffer: _Optional[int] = ..., staleness_exponent: _Optional[float] = ..., staleness_limit: _Optional[int] = ..., carry_late: bool = ..., age_limit_s: _Optional[float] = ..., weighting: _Optional[str] = ..., clip_norm: _Optional[float] = ...) -> None: ...
 
 class TapeSettings(_message.Message):
     __slots__ = ("recompute", "checkpoint_every", "lease_s")
@@ -599,7 +636,7 @@ class TapeSettings(_message.Message):
     def __init__(self, recompute: bool = ..., checkpoint_every: _Optional[int] = ..., lease_s: _Optional[float] = ...) -> None: ...
 
 class OpenRunRequest(_message.Message):
-    __slots__ = ("name", "client", "lora", "optimizer", "cohort", "tape", "precision", "seed", "accumulation", "allow_download", "start_from")
+    __slots__ = ("name", "client", "lora", "optimizer", "cohort", "tape", "precision", "seed", "accumulation", "allow_download", "start_from", "member")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     LORA_FIELD_NUMBER: _ClassVar[int]
@@ -611,6 +648,7 @@ class OpenRunRequest(_message.Message):
     ACCUMULATION_FIELD_NUMBER: _ClassVar[int]
     ALLOW_DOWNLOAD_FIELD_NUMBER: _ClassVar[int]
     START_FROM_FIELD_NUMBER: _ClassVar[int]
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
     name: str
     client: bytes
     lora: LoraSettings
@@ -622,17 +660,20 @@ class OpenRunRequest(_message.Message):
     accumulation: int
     allow_download: bool
     start_from: str
-    def __init__(self, name: _Optional[str] = ..., client: _Optional[bytes] = ..., lora: _Optional[_Union[LoraSettings, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSettings, _Mapping]] = ..., cohort: _Optional[_Union[CohortSettings, _Mapping]] = ..., tape: _Optional[_Union[TapeSettings, _Mapping]] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ..., seed: _Optional[int] = ..., accumulation: _Optional[int] = ..., allow_download: bool = ..., start_from: _Optional[str] = ...) -> None: ...
+    member: str
+    def __init__(self, name: _Optional[str] = ..., client: _Optional[bytes] = ..., lora: _Optional[_Union[LoraSettings, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSettings, _Mapping]] = ..., cohort: _Optional[_Union[CohortSettings, _Mapping]] = ..., tape: _Optional[_Union[TapeSettings, _Mapping]] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ..., seed: _Optional[int] = ..., accumulation: _Optional[int] = ..., allow_download: bool = ..., start_from: _Optional[str] = ..., member: _Optional[str] = ...) -> None: ...
 
 class JoinRunRequest(_message.Message):
-    __slots__ = ("name", "client", "incarnation")
+    __slots__ = ("name", "client", "incarnation", "member")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
     name: str
     client: bytes
     incarnation: int
-    def __init__(self, name: _Optional[str] = ..., client: _Optional[bytes] = ..., incarnation: _Optional[int] = ...) -> None: ...
+    member: str
+    def __init__(self, name: _Optional[str] = ..., client: _Optional[bytes] = ..., incarnation: _Optional[int] = ..., member: _Optional[str] = ...) -> None: ...
 
 class RunRequest(_message.Message):
     __slots__ = ("name", "client")
@@ -673,21 +714,23 @@ class RestoreRunRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., client: _Optional[bytes] = ..., step: _Optional[int] = ..., digest: _Optional[int] = ...) -> None: ...
 
 class Member(_message.Message):
-    __slots__ = ("client", "incarnation", "state", "last_step", "lease_left_s")
-    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("incarnation", "state", "last_step", "lease_left_s", "name", "staleness")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     LAST_STEP_FIELD_NUMBER: _ClassVar[int]
     LEASE_LEFT_S_FIELD_NUMBER: _ClassVar[int]
-    client: bytes
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_FIELD_NUMBER: _ClassVar[int]
     incarnation: int
     state: str
     last_step: int
     lease_left_s: float
-    def __init__(self, client: _Optional[bytes] = ..., incarnation: _Optional[int] = ..., state: _Optional[str] = ..., last_step: _Optional[int] = ..., lease_left_s: _Optional[float] = ...) -> None: ...
+    name: str
+    staleness: int
+    def __init__(self, incarnation: _Optional[int] = ..., state: _Optional[str] = ..., last_step: _Optional[int] = ..., lease_left_s: _Optional[float] = ..., name: _Optional[str] = ..., staleness: _Optional[int] = ...) -> None: ...
 
 class RunReply(_message.Message):
-    __slots__ = ("name", "run", "state", "step", "version", "incarnation", "members", "checkpoints", "lora", "optimizer", "cohort", "bytes_on_disk", "precision", "seed", "allow_download", "checkpoint_digests")
+    __slots__ = ("name", "run", "state", "step", "version", "incarnation", "members", "checkpoints", "lora", "optimizer", "cohort", "bytes_on_disk", "precision", "seed", "allow_download", "checkpoint_digests", "member")
     NAME_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -704,6 +747,7 @@ class RunReply(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     ALLOW_DOWNLOAD_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
     name: str
     run: int
     state: str
@@ -720,7 +764,8 @@ class RunReply(_message.Message):
     seed: int
     allow_download: bool
     checkpoint_digests: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, name: _Optional[str] = ..., run: _Optional[int] = ..., state: _Optional[str] = ..., step: _Optional[int] = ..., version: _Optional[int] = ..., incarnation: _Optional[int] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[int]] = ..., lora: _Optional[_Union[LoraSettings, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSettings, _Mapping]] = ..., cohort: _Optional[_Union[CohortSettings, _Mapping]] = ..., bytes_on_disk: _Optional[int] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ..., seed: _Optional[int] = ..., allow_download: bool = ..., checkpoint_digests: _Optional[_Iterable[int]] = ...) -> None: ...
+    member: str
+    def __init__(self, name: _Optional[str] = ..., run: _Optional[int] = ..., state: _Optional[str] = ..., step: _Optional[int] = ..., version: _Optional[int] = ..., incarnation: _Optional[int] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[int]] = ..., lora: _Optional[_Union[LoraSettings, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSettings, _Mapping]] = ..., cohort: _Optional[_Union[CohortSettings, _Mapping]] = ..., bytes_on_disk: _Optional[int] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ..., seed: _Optional[int] = ..., allow_download: bool = ..., checkpoint_digests: _Optional[_Iterable[int]] = ..., member: _Optional[str] = ...) -> None: ...
 
 class ListRunsRequest(_message.Message):
     __slots__ = ("client",)

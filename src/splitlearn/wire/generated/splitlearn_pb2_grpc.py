@@ -54,6 +54,11 @@ class TrunkStub(object):
                 request_serializer=splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.JoinRunRequest.SerializeToString,
                 response_deserializer=splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.RunReply.FromString,
                 _registered_method=True)
+        self.LeaveRun = channel.unary_unary(
+                '/splitlearn.v1.Trunk/LeaveRun',
+                request_serializer=splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.RunRequest.SerializeToString,
+                response_deserializer=splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.RunReply.FromString,
+                _registered_method=True)
         self.GetRun = channel.unary_unary(
                 '/splitlearn.v1.Trunk/GetRun',
                 request_serializer=splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.RunRequest.SerializeToString,
@@ -136,6 +141,12 @@ class TrunkServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def JoinRun(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LeaveRun(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -228,6 +239,11 @@ def add_TrunkServicer_to_server(servicer, server):
             'JoinRun': grpc.unary_unary_rpc_method_handler(
                     servicer.JoinRun,
                     request_deserializer=splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.JoinRunRequest.FromString,
+                    response_serializer=splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.RunReply.SerializeToString,
+            ),
+            'LeaveRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.LeaveRun,
+                    request_deserializer=splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.RunRequest.FromString,
                     response_serializer=splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.RunReply.SerializeToString,
             ),
             'GetRun': grpc.unary_unary_rpc_method_handler(
@@ -393,6 +409,33 @@ class Trunk(object):
             target,
             '/splitlearn.v1.Trunk/JoinRun',
             splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.JoinRunRequest.SerializeToString,
+            splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.RunReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LeaveRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/splitlearn.v1.Trunk/LeaveRun',
+            splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.RunRequest.SerializeToString,
             splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.RunReply.FromString,
             options,
             channel_credentials,
