@@ -55,10 +55,11 @@ def disturbed(
         cohort.start_member(names[0])
         cohort.until(steps + 1)
         took_s = time.monotonic() - began
-        events = events_of(cohort.store())
-        newest = cohort.store().read(RUN, cohort.store().steps(RUN)[-1])
     finally:
         cohort.stop()
+    # Only now: a server that still writes deletes what is older.
+    events = events_of(cohort.store())
+    newest = cohort.store().read(RUN, cohort.store().steps(RUN)[-1])
     again = replayed(model, events, settings)
     others = replayed(model, altered(events), settings)
     return {
