@@ -6,7 +6,6 @@ from its name and the step's number.
 
 from __future__ import annotations
 
-import multiprocessing
 import multiprocessing.connection
 import time
 from collections import Counter
@@ -19,10 +18,10 @@ from typing import Any
 
 import torch
 import xxhash
-from _kill import WAIT_S, Listening, _free_port, _write_to
+from _kill import WAIT_S, Listening, _free_port, _write_to, serve
 from peft import LoraConfig
 
-from splitlearn import AutoSplitModelForCausalLM, TrunkServer
+from splitlearn import AutoSplitModelForCausalLM
 from splitlearn.client.training import plan_run, prepare_training
 from splitlearn.engine.checkpoint import RunSnapshot, RunStore
 from splitlearn.engine.contribution import Gradients
@@ -38,7 +37,7 @@ from splitlearn.vocabulary import CohortSettings, OptimizerSettings
 RUN, SEED, RATE = "cohort", 1, 1e-2
 LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear")
 FROZEN = ("bottom", "top")
-LEASE_S = 2.0
+RUNS = {"member_lease_s": 2.0}
 ADAMW = OptimizerSettings(learning_rate=RATE)
 
 
@@ -65,23 +64,6 @@ def batch(member: str, step: int, vocabulary: int = 128) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------- in the processes
-
-
-def serve(log: Path, told: Connection, model: Path, port: int, state_dir: Path) -> None:
-    _write_to(log)
-    with TrunkServer(
-        model,
-        port=port,
-        device="cpu",
-        dtype="float32",
-        state_dir=state_dir,
-        sessions={"session_tokens": 64, "kv_budget_bytes": 8 << 20},
-        runs={"member_lease_s": LEASE_S},
-    ) as server:
-        told.send(Listening(server.address))
-        started_by = multiprocessing.parent_process()
-        assert started_by is not None
-        started_by.join()
 
 
 def work(
@@ -156,7 +138,7 @@ class Cohort:
 
     def start_server(self) -> None:
         self._port = self._port or _free_port()
-        pipe = self._start("server", serve, self.model, self._port, self.folder / "state")
+        pipe = self._start("server", serve, self.model, self._port, self.folder / "state", RUNS)
         if not pipe.poll(WAIT_S) or not isinstance(pipe.recv(), Listening):
             raise SystemExit(f"the server did not start: see {self.folder}")
 

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -68,11 +68,18 @@ class Job:
     resume: bool
 
 
-def serve(log: Path, told: Connection, model: Path, port: int, state_dir: Path) -> None:
+def serve(
+    log: Path,
+    told: Connection,
+    model: Path,
+    port: int,
+    state_dir: Path,
+    runs: Mapping[str, float] | None = None,
+) -> None:
     _write_to(log)
     sessions = {"session_tokens": 64, "kv_budget_bytes": 8 << 20}
     with TrunkServer(
-        model, port=port, device="cpu", dtype="float32", state_dir=state_dir, sessions=sessions
+        model, port=port, device="cpu", dtype="float32", state_dir=state_dir, sessions=sessions, runs=runs
     ) as server:
         told.send(Listening(server.address))
         started_by = multiprocessing.parent_process()

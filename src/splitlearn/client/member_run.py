@@ -74,7 +74,7 @@ class MemberRun(ClientRun):
 
     def leave(self) -> None:
         """The others no longer wait for this member, until it takes another step."""
-        self._heartbeat.stop()
+        self.end()
         self._transport.leave_run(self.name)
 
     def end(self) -> None:

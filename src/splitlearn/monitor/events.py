@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,25 +50,26 @@ class Skipped:
 
 
 @dataclass(frozen=True, slots=True)
-class Dropped:
+class Outdated:
+    """A member's gradients are of a version that others have left behind."""
+
+    kind: ClassVar[str]
+    member: str
+    step: int
+    version: int
+    staleness: int
+
+
+class Dropped(Outdated):
     """A member's gradients came after their round."""
 
-    kind: ClassVar[str] = "dropped"
-    member: str
-    step: int
-    version: int
-    staleness: int
+    kind = "dropped"
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
+class Refused(Outdated):
     """A member's gradients were too old; it computes that step again."""
 
-    kind: ClassVar[str] = "refused"
-    member: str
-    step: int
-    version: int
-    staleness: int
+    kind = "refused"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +115,7 @@ class RoundClosed:
 Event = Joined | Lapsed | Returned | Left | Skipped | Dropped | Refused | Kept | RoundClosed
 Listener = Callable[[str, Event], None]
 """Is told the run's name and what happened; on the engine's thread, so it returns at once."""
-KINDS: dict[str, type[Any]] = {
-    each.kind: each for each in (Joined, Lapsed, Returned, Left, Skipped, Dropped, Refused, Kept, RoundClosed)
-}
+KINDS: dict[str, type[Any]] = {each.kind: each for each in get_args(Event)}
 
 
 def figures(event: Event) -> dict[str, Any]:
