@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def serve(
     model: Path,
     port: int,
     state_dir: Path,
-    runs: Mapping[str, float] | None = None,
+    runs: Mapping[str, float] = MappingProxyType({}),
 ) -> None:
     _write_to(log)
     sessions = {"session_tokens": 64, "kv_budget_bytes": 8 << 20}
