@@ -40,7 +40,7 @@ QUOTAS = {
     "25 tokens/s": ("--quota-tokens", "25"),
     "none": (),
 }
-SETTLE_S, SECONDS, ROUNDS = 3.0, 25.0, 7
+SETTLE_S, SECONDS, ROUNDS = 3.0, 25.0, 5
 FLAGS = ("--session-tokens", "512", "--kv-budget", "256MiB")
 
 
