@@ -15,7 +15,7 @@ from torch import Tensor
 from splitlearn.client.calls import describe
 from splitlearn.client.grpc_transport import GrpcTransport
 from splitlearn.config import ClientConfig
-from splitlearn.vocabulary import LoraSettings, Phase, RunSettings, StepKey
+from splitlearn.vocabulary import CohortSettings, LoraSettings, Phase, RunSettings, StepKey
 from splitlearn.wire.frames import FrameFormat
 from splitlearn.wire.handshake import ModelIdentity
 from splitlearn.wire.messages import (
@@ -64,9 +64,12 @@ class Tenant:
             self.wire.close_session(CloseMessage(session))
             yield
 
-    def training(self, name: str, lora: LoraSettings, rows: int, tokens: int) -> Iterator[RunFacts]:
-        """A forward, a backward and an optimizer step each time."""
-        run = self.wire.open_run(OpenRun(name, RunSettings(lora=lora)))
+    def training(
+        self, name: str, lora: LoraSettings, rows: int, tokens: int, cohort: CohortSettings | None = None
+    ) -> Iterator[RunFacts]:
+        """A forward, a backward and an optimizer step each time; in a cohort as the member `name`."""
+        settings = RunSettings(lora=lora, cohort=cohort or CohortSettings())
+        run = self.wire.open_run(OpenRun(name, settings, member="" if cohort is None else name))
         activation_BTD = self._random(rows, tokens)
         for step in itertools.count(1):
             key = StepKey(run=run.number, incarnation=run.incarnation, step=step)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from _common import markdown, serving, write
@@ -35,6 +36,21 @@ Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Which model, on which server, and where the clients and the whole model compute."""
+
+    folder: Path
+    address: str
+    device: str = "cpu"
+    tokens: int = 40_000
+    """Their ids are drawn below this."""
+
+    def batch(self, member: int, step: int) -> Tensor:
+        draw = torch.Generator().manual_seed(1000 * member + step)
+        return torch.randint(3, self.tokens, (ROWS, 9 + 7 * member), generator=draw).to(self.device)
+
+
+@dataclass(frozen=True, slots=True)
 class Found:
     """Relative 2-norms of differences: of one step's gradient and of the update after all steps."""
 
@@ -52,11 +68,6 @@ class Found:
         )
 
 
-def batch(member: int, step: int) -> Tensor:
-    draw = torch.Generator().manual_seed(1000 * member + step)
-    return torch.randint(3, 40_000, (ROWS, 9 + 7 * member), generator=draw)
-
-
 def mean_loss(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
     loss: Tensor = model(ids_BT, labels=ids_BT, use_cache=False).loss
     return loss
@@ -71,13 +82,14 @@ def tokens(ids_BT: Tensor) -> int:
 
 
 @contextmanager
-def members(address: str, run: str, weighting: str, count: int, how: OptimizerSettings) -> Iterator[list]:
+def members(at: Place, run: str, weighting: str, count: int, how: OptimizerSettings) -> Iterator[list]:
     cohort = CohortSettings("sync", members=count, weighting=weighting)
     splits = []
     for number in range(count):
         split = AutoSplitModelForCausalLM.from_pretrained(
-            bundled_model(),
-            trunk=address,
+            at.folder,
+            trunk=at.address,
+            device=at.device,
             lora=LORA,
             run=run,
             freeze=["bottom", "top"],
@@ -94,17 +106,15 @@ def members(address: str, run: str, weighting: str, count: int, how: OptimizerSe
             split.close()
 
 
-def trained(
-    address: str, run: str, weighting: str, count: int, steps: int, how: OptimizerSettings
-) -> Weights:
+def trained(at: Place, run: str, weighting: str, count: int, steps: int, how: OptimizerSettings) -> Weights:
     """How the trunk's weights moved."""
-    with members(address, run, weighting, count, how) as splits:
+    with members(at, run, weighting, count, how) as splits:
         trunk = splits[0].trunk
         before = dict(trunk.transport.download_adapter(trunk.run.name).weights)
 
         def train(member: int) -> None:
             for step in range(steps):
-                ids_BT = batch(member, step)
+                ids_BT = at.batch(member, step)
                 mean_loss(splits[member], ids_BT).backward()
                 weight = float(tokens(ids_BT)) if weighting == "tokens" else 1.0
                 splits[member].trunk.step(learning_rate=how.learning_rate, weight=weight)
@@ -121,9 +131,9 @@ def trained(
 # ---------------------------------------------------------------- the whole model
 
 
-def whole_model(names: Sequence[str]) -> tuple[PreTrainedModel, Weights]:
+def whole_model(at: Place, names: Sequence[str]) -> tuple[PreTrainedModel, Weights]:
     """With the trunk's adapter alone to be trained."""
-    whole = AutoModelForCausalLM.from_pretrained(bundled_model(), dtype=torch.float32)
+    whole = AutoModelForCausalLM.from_pretrained(at.folder, dtype=torch.float32).to(at.device)
     add_lora(whole, settings_of(LORA, whole.config.model_type), ADAPTER, seed=0)
     whole.requires_grad_(False)
     weights = {name: weight for name, weight in weights_of(whole, ADAPTER).items() if name in names}
@@ -132,28 +142,28 @@ def whole_model(names: Sequence[str]) -> tuple[PreTrainedModel, Weights]:
     return whole.train(), weights
 
 
-def union_gradient(whole: PreTrainedModel, count: int, step: int) -> None:
-    batches = [batch(member, step) for member in range(count)]
+def union_gradient(at: Place, whole: PreTrainedModel, count: int, step: int) -> None:
+    batches = [at.batch(member, step) for member in range(count)]
     total = sum(map(tokens, batches))
     for ids_BT in batches:
         (mean_loss(whole, ids_BT) * (tokens(ids_BT) / total)).backward()
 
 
-def gradient_alone(names: Sequence[str], count: int) -> Weights:
-    whole, weights = whole_model(names)
-    union_gradient(whole, count, 0)
-    return {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+def gradient_alone(at: Place, names: Sequence[str], count: int) -> Weights:
+    whole, weights = whole_model(at, names)
+    union_gradient(at, whole, count, 0)
+    return {name: weight.grad.cpu() for name, weight in weights.items() if weight.grad is not None}
 
 
-def trained_alone(names: Sequence[str], count: int) -> Weights:
-    whole, weights = whole_model(names)
+def trained_alone(at: Place, names: Sequence[str], count: int) -> Weights:
+    whole, weights = whole_model(at, names)
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     optimizer = torch.optim.AdamW(weights.values(), lr=RATE, weight_decay=0.0, fused=True)
     for step in range(STEPS):
-        union_gradient(whole, count, step)
+        union_gradient(at, whole, count, step)
         optimizer.step()
         optimizer.zero_grad()
-    return {name: weight.detach() - before[name] for name, weight in weights.items()}
+    return {name: (weight.detach() - before[name]).cpu() for name, weight in weights.items()}
 
 
 # ---------------------------------------------------------------- both
@@ -164,15 +174,15 @@ def off_by(ours: Weights, theirs: Weights) -> float:
     return float(apart.norm() / torch.cat([each.flatten() for each in theirs.values()]).norm())
 
 
-def measure(address: str, count: int) -> Found:
-    gradient = {name: -each for name, each in trained(address, "sgd", "tokens", count, 1, SGD).items()}
+def measure(at: Place, count: int) -> Found:
+    gradient = {name: -each for name, each in trained(at, "sgd", "tokens", count, 1, SGD).items()}
     by_tokens, equally = (
-        trained(address, weighting, weighting, count, STEPS, ADAMW) for weighting in ("tokens", "equal")
+        trained(at, weighting, weighting, count, STEPS, ADAMW) for weighting in ("tokens", "equal")
     )
-    alone = trained_alone(list(gradient), count)
+    alone = trained_alone(at, list(gradient), count)
     return Found(
         count,
-        off_by(gradient, gradient_alone(list(gradient), count)),
+        off_by(gradient, gradient_alone(at, list(gradient), count)),
         off_by(by_tokens, alone),
         off_by(equally, alone),
     )
@@ -183,10 +193,10 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=CLIENTS)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    found = []
-    with tempfile.TemporaryDirectory() as state, serving(bundled_model(), "--state-dir", state) as server:
+    found, folder = [], bundled_model()
+    with tempfile.TemporaryDirectory() as state, serving(folder, "--state-dir", state) as server:
         for count in asked.clients:
-            found.append(measure(server.address, count))
+            found.append(measure(Place(folder, server.address), count))
             print(found[-1], flush=True)
     header = (
         "members", f"gradient (wanted <= {GRADIENT_WANTED:g})",

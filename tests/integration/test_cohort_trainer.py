@@ -13,6 +13,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback, TrainingArguments
 
 from splitlearn import AutoSplitModelForCausalLM, CohortSettings, SplitTrainer, TrunkServer
+from splitlearn.engine.run import Run
 from splitlearn.testing import lively_model
 from splitlearn.training.batches import PaddedBatch
 
@@ -166,6 +167,28 @@ def test_a_restarted_server_changes_no_bit(model, tmp_path, between, dropout):
     with serving(model, tmp_path / "state2") as servers:
         restart = At(3, servers.restart, between=between)
         found = trained(model, servers.now.address, tmp_path / "out2", restart, **how)
+    assert same(found, undisturbed)
+
+
+def test_a_run_whose_optimizer_failed_halfway_comes_back_from_the_disk(model, tmp_path):
+    how = {"cohort": ALONE, "member": "a", "dropout": 0.0}
+    with serving(model, tmp_path / "state1") as servers:
+        undisturbed = trained(model, servers.now.address, tmp_path / "out1", **how)
+    failed = []
+
+    def fail_halfway(run: Run) -> None:
+        def fail() -> None:
+            failed.append(run.step)
+            raise RuntimeError("the device went away")
+
+        next(iter(run.masters.values())).data.add_(1.0)
+        run.optimizer.step = fail
+
+    with serving(model, tmp_path / "state2") as servers:
+        engine = servers.now._hall.engine
+        breaking = At(3, lambda: engine.runs.do("notes", fail_halfway).result(30), between=False)
+        found = trained(model, servers.now.address, tmp_path / "out2", breaking, **how)
+    assert failed == [3]
     assert same(found, undisturbed)
 
 

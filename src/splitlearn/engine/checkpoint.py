@@ -7,6 +7,7 @@ import json
 import re
 import secrets
 import shutil
+import threading
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,6 +64,8 @@ class RunStore:
     def __init__(self, folder: Path, budget: DiskBudget | None = None) -> None:
         self._folder = folder
         self._budget = budget
+        self.writing = threading.Lock()
+        """Held from a round's snapshot until it is written: what was deleted is not written afterwards."""
 
     def steps(self, name: str) -> tuple[int, ...]:
         """The steps at which this run has a checkpoint, oldest first."""
@@ -206,8 +209,9 @@ class RunStore:
 
     def delete(self, name: str) -> int:
         """Remove all that the run has on disk; the bytes that this frees."""
-        freed = self.bytes(name)
-        shutil.rmtree(self._folder / name, ignore_errors=True)
+        with self.writing:
+            freed = self.bytes(name)
+            shutil.rmtree(self._folder / name, ignore_errors=True)
         return freed
 
     def bytes(self, name: str) -> int:

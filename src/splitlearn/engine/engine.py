@@ -115,7 +115,7 @@ class Engine:
         self.in_one_go: Callable[[], AbstractContextManager[None]] = nullcontext
         """What a batch's answers are given within."""
         self._stopping, self._is_ready = threading.Event(), threading.Event()
-        self._expire_at = 0.0
+        self._expire_at, self._ticked_at = 0.0, time.monotonic()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     # Called from any thread.
@@ -205,8 +205,14 @@ class Engine:
         return min(max(due_at - time.monotonic(), 0.0), EXPIRY_CHECK_S)
 
     def _tick(self) -> None:
+        now = time.monotonic()
+        # A turn waits no longer than this: what is over was a long batch, or the process stood still.
+        away_s = now - self._ticked_at - EXPIRY_CHECK_S
+        self._ticked_at = now
         for cohort in self._runs.cohorts:
-            if cohort.due_at <= (now := time.monotonic()):
+            if away_s > 0:
+                cohort.allow(away_s)
+            if cohort.due_at <= now:
                 cohort.tick(now)
 
     def _accept(self) -> None:

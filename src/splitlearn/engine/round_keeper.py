@@ -11,8 +11,9 @@ from typing import Protocol, TypeVar
 import structlog
 
 from splitlearn.engine.checkpoint import RunStore
+from splitlearn.engine.offers import CohortSnapshot
 from splitlearn.engine.run import Run
-from splitlearn.errors import RunLost, SplitLearnError, TrunkDraining
+from splitlearn.errors import CheckpointError, ResourceExhausted, RunLost, SplitLearnError, TrunkDraining
 
 ENGINE_S = 600.0
 STOP_S = 30.0
@@ -62,13 +63,17 @@ class RoundKeeper:
                 log.error("rounds could not be kept", run=name, exc_info=error)
 
     def _keep(self, name: str) -> None:
-        snapshot = self._runs.do(name, Run.snapshot).result(ENGINE_S)
-        cohort = snapshot.cohort
-        assert cohort is not None
         try:
-            self._store.keep_round(snapshot)
-        except SplitLearnError as error:
-            failure = error
+            cohort = self._write(name)
+        except (CheckpointError, ResourceExhausted) as error:
+            failure: SplitLearnError = error
             self._runs.do(name, lambda run: run.of_cohort().not_kept(failure)).result(ENGINE_S)
             raise
         self._runs.do(name, lambda run: run.of_cohort().kept(cohort.count, cohort.end)).result(ENGINE_S)
+
+    def _write(self, name: str) -> CohortSnapshot:
+        with self._store.writing:
+            snapshot = self._runs.do(name, Run.snapshot).result(ENGINE_S)
+            self._store.keep_round(snapshot)
+        assert snapshot.cohort is not None
+        return snapshot.cohort

@@ -1,6 +1,7 @@
 """Rounds are closed by their rule, waited for by those who are there, and answered once."""
 
 import math
+import time
 from collections.abc import Callable
 
 import pytest
@@ -147,6 +148,27 @@ def test_a_round_never_waits_for_a_member_whose_lease_has_run_out():
     desk.cohort.renew(desk.member("b"))
     assert desk.member("b").state is State.ACTIVE
     assert desk.work("a", 2) is None, "it is back, so it is waited for"
+
+
+def test_while_the_server_itself_stood_still_no_lease_ran_out():
+    desk = Desk(CohortSettings("quorum", members=2, quorum=1, timeout_s=50.0), "a", "b")
+    desk.work("a", 1)
+    later = time.monotonic() + 1000.0
+    desk.cohort.allow(1000.0)
+    desk.cohort.tick(later)
+    assert desk.member("b").state is State.ACTIVE
+    assert desk.run.step == 0, "nor did the quorum's time"
+    desk.cohort.tick(later + LEASE_S)
+    assert desk.member("b").state is State.LAPSED, "or nobody would ever"
+
+
+def test_a_wall_clock_that_jumps_ends_no_lease(monkeypatch):
+    desk = Desk(SYNC, "a", "b")
+    for jump_s in (1e6, -2e6):
+        now = time.time() + jump_s
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        desk.cohort.tick(time.monotonic())
+        assert desk.cohort.active() == {"a", "b"}
 
 
 def test_what_a_lapsed_member_had_half_computed_is_computed_again():
