@@ -170,7 +170,7 @@ class CohortSettings:
         return self.rule == PRIVATE
 
 
-SYNC = "sync"
+PERSONAL, SYNC = "personal", "sync"
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,7 @@ class ShareSettings:
         "sync": they are trained as the trunk's is, by the run's optimizer, and all members have the same.
     """
 
-    rule: str = "personal"
+    rule: str = PERSONAL
 
     @property
     def is_sync(self) -> bool:

@@ -15,6 +15,7 @@ from splitlearn.client.member_run import MemberRun
 from splitlearn.client.plain_steps import PlainSteps
 from splitlearn.client.run import ClientRun
 from splitlearn.client.sent import without_cache
+from splitlearn.client.shared_ends import SharedEnds
 from splitlearn.client.transport import Transport
 from splitlearn.client.trunk_operation import NO_RUN, Trained, Untrained
 from splitlearn.config import ClientConfig
@@ -49,6 +50,8 @@ class RemoteTrunk(nn.Module):
         # Without it nothing would ask for a gradient where the bottom is frozen.
         self._anchor = torch.zeros((), requires_grad=True)
         self._run: ClientRun | None = None
+        self.ends: SharedEnds | None = None
+        """The adapters of bottom and top, where the run trains them; see `share_run`."""
         self.is_named = False
         """Whether the run's name is its user's choice."""
         self._was_closed = False
@@ -161,6 +164,16 @@ class RemoteTrunk(nn.Module):
         """Whether the model was loaded as a cohort's member."""
         return self.planned is not None and not self.planned.settings.cohort.is_private
 
+    def refresh_ends(self, *, anew: bool = False) -> None:
+        """Before a forward: bottom and top as the run has them, where a cohort trains them together.
+
+        Evaluation uses them as they are: it makes nobody a member again who has left.
+        """
+        if self.ends is not None and (anew or self._run is None or torch.is_grad_enabled()):
+            run = self.run
+            if isinstance(run, MemberRun):
+                run.refresh_ends(anew=anew)
+
     def save(self) -> RunFacts:
         """Have the run written to the server's disk as it stands now; a cohort's is there already.
 
@@ -260,7 +273,7 @@ class RemoteTrunk(nn.Module):
         self._start = adapter
 
     def _part_in(self, facts: RunFacts, planned: OpenRun) -> ClientRun:
-        return run_entry.part_in(self.transport, facts, planned.settings, self._config)
+        return run_entry.part_in(self.transport, facts, planned.settings, self._config, self.ends)
 
     def exchange(self, activation_BTD: Tensor, call: Call) -> Tensor:
         """A step of no run: activation (B, T, D) at the lower cut -> at the upper cut."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from splitlearn.client.member_run import MemberRun
 from splitlearn.client.run import ClientRun, require_same
+from splitlearn.client.shared_ends import SharedEnds
 from splitlearn.client.transport import Transport
 from splitlearn.config import ClientConfig
 from splitlearn.errors import MessageError, RunLost, RunTakenOver, SettingError
@@ -51,11 +52,23 @@ def restored(transport: Transport, planned: OpenRun, name: str, step: int, diges
     return facts
 
 
-def part_in(transport: Transport, facts: RunFacts, settings: RunSettings, config: ClientConfig) -> ClientRun:
-    """This client's end of the run."""
+def part_in(
+    transport: Transport,
+    facts: RunFacts,
+    settings: RunSettings,
+    config: ClientConfig,
+    ends: SharedEnds | None = None,
+) -> ClientRun:
+    """This client's end of the run; what it shares of bottom and top is the run's from here on."""
     if settings.cohort.is_private:
         return ClientRun(transport, facts, settings, config.train_s)
-    return MemberRun(transport, facts, settings, config)
+    member = MemberRun(transport, facts, settings, config, ends)
+    try:
+        member.refresh_ends()
+    except BaseException:
+        member.end()
+        raise
+    return member
 
 
 def require_own(transport: Transport, run: ClientRun) -> None:

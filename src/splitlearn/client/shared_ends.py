@@ -5,33 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
-from splitlearn.client.parts import trunk_of, units_in_full
 from splitlearn.errors import SettingError
-from splitlearn.model.lora import ADAPTER, weights_of
 
 
 class SharedEnds:
-    """By the names in a PEFT file less its prefix; what crosses the wire is float32.
+    """By the names in a PEFT file less its prefix; what crosses the wire is float32."""
 
-    Raises:
-        SettingError: bottom or top is trained in full, or neither has an adapter that is trained.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        if whole := units_in_full(model, trunk_of(model)):
-            raise SettingError(
-                f"share='sync' is for adapters, {min(whole)} is trained in full: leave full= out, or share"
-            )
-        every = weights_of(model, ADAPTER)
-        self._weights = {name: weight for name, weight in every.items() if weight.requires_grad}
-        if not self._weights:
-            raise SettingError(
-                "share='sync' shares the adapters of bottom and top, and both are frozen: leave one of them "
-                "out of freeze=, or leave share out"
-            )
+    def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
+        self._weights = dict(weights)
 
     def values(self) -> dict[str, Tensor]:
         return {name: weight.detach().float().cpu() for name, weight in self._weights.items()}

@@ -91,9 +91,7 @@ class Cohort(Roster):
         """
         run = self._run
         if not run.settings.share.is_sync:
-            raise MessageError(
-                f"run {run.name} leaves bottoms and tops to its members: there is none to give"
-            )
+            raise MessageError(f"run {run.name} leaves bottoms and tops to its members: it has none")
         if asked.ends and not run.current.ends:
             run.take_ends(shared_ends.first(asked.ends, run.masters, self._max_ends_bytes))
         member.forget_gradients()

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from splitlearn.engine.contribution import Gradients, scaled
 from splitlearn.errors import MessageError, ResourceExhausted, SettingError
-from splitlearn.vocabulary import RunSettings
-
-PERSONAL, SYNC = "personal", "sync"
+from splitlearn.vocabulary import PERSONAL, SYNC, RunSettings
 
 
 def require_known(settings: RunSettings) -> None:
@@ -52,9 +50,7 @@ def gradients(given: Mapping[str, Tensor], ends: Mapping[str, Tensor], scale: fl
         MessageError: there are others among them, or of other shapes.
     """
     if unknown := given.keys() - ends.keys():
-        raise MessageError(
-            f"a gradient of {min(unknown)}, which the run's bottom and top lack: same cut, please"
-        )
+        raise MessageError(f"a gradient of {min(unknown)}, which the run's bottom and top lack: give its cut")
     for name, gradient in given.items():
         if gradient.shape != ends[name].shape:
             raise MessageError(
