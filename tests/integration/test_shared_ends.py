@@ -12,18 +12,24 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from splitlearn import AutoSplitModelForCausalLM, TrunkServer
 from splitlearn.client.split_model import connect
 from splitlearn.client.training import plan_run, prepare_training, share_run
 from splitlearn.config import BatchingConfig, ClientConfig
+from splitlearn.engine.contribution import Gradients
 from splitlearn.engine.engine import Engine
+from splitlearn.engine.ledger import read
 from splitlearn.engine.run import Run
+from splitlearn.engine.trunk_state import AdapterVersion
 from splitlearn.errors import ContributionLost, MessageError, SettingError, StaleGradient
 from splitlearn.model.checkpoint import Checkpoint
 from splitlearn.model.lora import ADAPTER, weights_of
 from splitlearn.model.plan import SplitPlan
 from splitlearn.model.weights import load_trunk
+from splitlearn.monitor.events import Event, RoundClosed
 from splitlearn.testing import lively_model
 from splitlearn.testing.loopback import SMALL, LoopbackTransport
+from splitlearn.testing.replay import replay
 from splitlearn.vocabulary import CohortSettings, OptimizerSettings, Phase
 from splitlearn.wire.messages import RunStepMessage
 
@@ -259,3 +265,106 @@ def test_what_cannot_be_shared_is_said(model):
             personal.trunk.transport.run_step(RunStepMessage(key))
         for split in (one, personal):
             split.close()
+
+
+# ---------------------------------------------------------------- over the wire, on the disk, again
+
+
+def served(folder: Path, state: Path, port: int = 0) -> TrunkServer:
+    sessions = {"session_tokens": 64, "kv_budget_bytes": 1 << 20}
+    return TrunkServer(
+        folder, port=port, device="cpu", dtype="float32", state_dir=state, drain_s=0.1, sessions=sessions
+    ).start()
+
+
+def caller(folder: Path, address: str, cohort: CohortSettings, name: str) -> PreTrainedModel:
+    split = AutoSplitModelForCausalLM.from_pretrained(
+        folder, trunk=address, lora=LORA, run="together", cohort=cohort, member=name, share="sync"
+    )
+    plan_run(split.trunk, ADAMW)
+    return split.train()
+
+
+def replayed(folder: Path, events: Sequence[Event], cohort: CohortSettings) -> Weights:
+    """The adapter of all three parts that this ledger makes, computed again in this process."""
+    with place(folder) as here:
+        split = here.client()
+        name = split.trunk.run.name
+        taken = here.engine.runs.do(name, Run.snapshot).result(WAIT_S)
+        ends = weights_of(split, ADAPTER)
+        settings = replace(taken.settings, cohort=cohort)
+        run = Run(name, settings, None, {key: each.clone() for key, each in taken.weights.items()}, b"")
+        run.take_ends({key: ends[key].detach() for key in sorted(ends)})
+
+        def gradients_of(member: str, step: int, version: AdapterVersion) -> Gradients:
+            trunk = {key: each.detach() for key, each in version.weights.items()}
+            snapshot = replace(taken, weights=trunk, step=step - 1)
+            here.engine.runs.do(name, lambda run: run.restore(snapshot)).result(WAIT_S)
+            with torch.no_grad():
+                for key, value in version.ends.items():
+                    ends[key].copy_(value)
+            split.zero_grad()
+            ids = batch(int(member[1:]), step)
+            split.trunk.run.step = step - 1
+            split(ids, labels=ids, use_cache=False).loss.backward()
+            found = here.engine.runs.do(name, Run.gradients).result(WAIT_S)
+            split.trunk.run._next_microbatch = split.trunk.run._unapplied = 0
+            return [*found.values(), *(ends[key].grad for key in sorted(ends))]
+
+        replay(events, run, gradients_of)
+        return dict(run.snapshot().weights)
+
+
+RULES = {
+    "sync": CohortSettings("sync", members=2, clip_norm=0.5),
+    "buffered": CohortSettings("buffered", members=2, buffer=2),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_after_a_restart_members_go_on_and_the_ledger_makes_the_same_ends_bit_for_bit(model, tmp_path, rule):
+    cohort = RULES[rule]
+    server = served(model, tmp_path)
+    splits = [caller(model, server.address, cohort, f"m{number}") for number in range(2)]
+    try:
+        several(splits, range(1, 4))
+        server.stop()
+        server = served(model, tmp_path, server.port)
+        several(splits, range(4, 6))
+        splits.append(caller(model, server.address, cohort, "m2"))
+        _ = splits[2].trunk.run
+        several(splits[:2], range(6, 7)) if rule == "buffered" else several(splits, range(6, 7), late=1)
+        for split in splits:
+            split.trunk.refresh_ends(anew=True)
+        assert all(same(ends_of(splits[0]), ends_of(split)) for split in splits[1:])
+    finally:
+        for split in splits:
+            split.close()
+        server.stop()
+    store = server._hall.runs
+    kept = store.read("together", store.steps("together")[-1]).weights
+    assert same(ends_of(splits[0]), kept)
+    events = list(read(store.ledger("together")))
+    assert sum(isinstance(each, RoundClosed) for each in events) == 6
+    assert same(kept, replayed(model, events, cohort))
+    assert not same(kept, replayed(model, altered(events), cohort)), "or any weights would do"
+
+
+def several(splits: Sequence[PreTrainedModel], steps: range, late: int = 0) -> None:
+    """Each member's own steps; the last one has begun so many rounds later."""
+
+    def train(at: int) -> None:
+        for step in steps:
+            give(splits[at], at, step - 5 * late * (at == 2))
+
+    with ThreadPoolExecutor(len(splits)) as threads:
+        for each in [threads.submit(train, at) for at in range(len(splits))]:
+            each.result(WAIT_S)
+
+
+def altered(events: Sequence[Event]) -> list[Event]:
+    """One coefficient of the first round is a little off."""
+    at = next(at for at, each in enumerate(events) if isinstance(each, RoundClosed))
+    first, *rest = events[at].parts
+    parts = (replace(first, coefficient=first.coefficient * 1.01), *rest)
+    return [*events[:at], replace(events[at], parts=parts), *events[at + 1 :]]
