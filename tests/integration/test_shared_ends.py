@@ -329,7 +329,7 @@ def test_after_a_restart_members_go_on_and_the_ledger_makes_the_same_ends_bit_fo
     try:
         several(splits, range(1, 4))
         server.stop()
-        server = served(model, tmp_path, server.port)
+        server = served(model, tmp_path, int(server.address.rpartition(":")[2]))
         several(splits, range(4, 6))
         splits.append(caller(model, server.address, cohort, "m2"))
         _ = splits[2].trunk.run

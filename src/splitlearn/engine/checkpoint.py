@@ -29,6 +29,7 @@ from splitlearn.vocabulary import (
     OptimizerSettings,
     Precision,
     RunSettings,
+    ShareSettings,
     TapeSettings,
 )
 
@@ -312,6 +313,7 @@ def _settings(told: dict[str, Any]) -> RunSettings:
             "tape": TapeSettings(**told["tape"]),
             "precision": Precision(**told["precision"]),
             "cohort": CohortSettings(**told.get("cohort", {})),
+            "share": ShareSettings(**told.get("share", {})),
         }
     )
 
