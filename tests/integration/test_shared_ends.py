@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from splitlearn import AutoSplitModelForCausalLM, TrunkServer
 from splitlearn.client.split_model import connect
-from splitlearn.client.training import plan_run, prepare_training, share_run
+from splitlearn.client.training import clip_grad_norm, plan_run, prepare_training, share_run
 from splitlearn.config import BatchingConfig, ClientConfig
 from splitlearn.engine.contribution import Gradients
 from splitlearn.engine.engine import Engine
@@ -186,6 +186,21 @@ def test_the_round_clips_bottom_trunk_and_top_by_one_norm(model):
         together([here.member(name, cohort, optimizer=SGD) for name in "ab"], range(1), rate=1.0)
         clipped = {name: before[name] + (after[name] - before[name]) / 4 for name in after}
         assert off_by(here.weights(), before, clipped) <= 1e-4
+
+
+def test_a_members_own_clipping_leaves_what_the_round_clips(model):
+    cohort, ids = CohortSettings("sync", members=1), batch(0, 0)
+    for share, scaled in (("personal", True), ("sync", False)):
+        with place(model) as here:
+            split = here.client()
+            share_run(split, cohort, "a", share)
+            split(ids, labels=ids, use_cache=False).loss.backward()
+            before = [each.grad.clone() for each in split.parameters() if each.grad is not None]
+            assert clip_grad_norm(split, 1e-3) > 1e-3
+            after = [each.grad for each in split.parameters() if each.grad is not None]
+            assert scaled != all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+            assert split.trunk.gradient_scale == 1.0, "the trunk's mean is the round's to clip"
+            split.close()
 
 
 def test_who_joins_late_and_whose_own_optimizer_steps_has_the_runs_ends(model):
