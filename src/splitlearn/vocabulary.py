@@ -15,6 +15,7 @@ class Phase(Enum):
     GRADIENT_NORMS = 2
     OPTIMIZER_STEP = 3
     EVALUATE = 4
+    ENDS = 5
 
 
 class Role(Enum):
@@ -169,6 +170,25 @@ class CohortSettings:
         return self.rule == PRIVATE
 
 
+PERSONAL, SYNC = "personal", "sync"
+
+
+@dataclass(frozen=True, slots=True)
+class ShareSettings:
+    """What a cohort does with the adapters of its members' bottoms and tops.
+
+    `rule` is one of:
+        "personal": each member's are its own; nobody else sees them.
+        "sync": they are trained as the trunk's is, by the run's optimizer, and all members have the same.
+    """
+
+    rule: str = PERSONAL
+
+    @property
+    def is_sync(self) -> bool:
+        return self.rule == SYNC
+
+
 class Fate(Enum):
     """What became of the gradients that a member of a cohort gave."""
 
@@ -199,3 +219,4 @@ class RunSettings:
     accumulation: int = 1
     allow_download: bool = True
     cohort: CohortSettings = CohortSettings()
+    share: ShareSettings = ShareSettings()

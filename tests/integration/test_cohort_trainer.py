@@ -154,6 +154,22 @@ def test_a_cohort_of_one_trains_the_trunk_as_a_private_run_does(model, tmp_path)
     assert same(shared, private)
 
 
+def test_a_cohort_of_one_that_shares_all_parts_trains_them_as_a_private_run_does(model, tmp_path):
+    """Clipped by one norm on both sides; its terms are added up in another order."""
+    how = {"dropout": 0.0}
+    with serving(model, tmp_path / "private") as servers:
+        private = trained(model, servers.now.address, tmp_path / "out1", **how)
+    with serving(model, tmp_path / "shared") as servers:
+        how |= {"cohort": ALONE, "member": "a", "share": "sync"}
+        shared = trained(model, servers.now.address, tmp_path / "out2", **how)
+    with serving(model, tmp_path / "restarted") as servers:
+        restart = At(3, servers.restart, between=True)
+        restarted = trained(model, servers.now.address, tmp_path / "out3", restart, **how)
+    apart = torch.cat([(shared[name] - private[name]).flatten() for name in private]).norm()
+    assert float(apart / torch.cat([each.flatten() for each in private.values()]).norm()) <= 1e-4
+    assert same(restarted, shared)
+
+
 @pytest.mark.parametrize(
     ("between", "dropout"),
     # The servers draw random numbers in this process, too: only a step that begins anew takes its own back.
@@ -192,9 +208,10 @@ def test_a_run_whose_optimizer_failed_halfway_comes_back_from_the_disk(model, tm
     assert same(found, undisturbed)
 
 
-def test_a_member_that_is_restarted_goes_on_from_its_own_checkpoint(model, tmp_path):
-    """Bottom and top then see a trunk that is ahead; the trunk's steps count once."""
-    how = {"cohort": ALONE, "member": "a", "member_key": tmp_path / "key"}
+@pytest.mark.parametrize("share", ["personal", "sync"])
+def test_a_member_that_is_restarted_goes_on_from_its_own_checkpoint(model, tmp_path, share):
+    """Personal ends then see a trunk that is ahead; shared ones are the run's. Steps count once."""
+    how = {"cohort": ALONE, "member": "a", "member_key": tmp_path / "key", "share": share}
     with serving(model, tmp_path / "state") as servers:
         address = servers.now.address
         trained(model, address, tmp_path / "out", steps=3, **how)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import chain, repeat
 from typing import NoReturn, TypeVar
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from splitlearn.client.heartbeat import BEATS_A_LEASE, Heartbeat
 from splitlearn.client.run import ClientRun
+from splitlearn.client.shared_ends import SharedEnds
 from splitlearn.client.transport import Transport
 from splitlearn.config import ClientConfig
 from splitlearn.errors import (
@@ -25,11 +27,13 @@ from splitlearn.errors import (
     StepTimeout,
     TapeExpired,
     TrunkUnreachable,
+    UnsupportedCall,
 )
 from splitlearn.vocabulary import Merged, Phase, RunSettings
 from splitlearn.wire.messages import AnswerMessage, OptimizerStep, RunFacts, RunStepMessage
 
 PAUSES_S = (0.1, 0.2, 0.5, 1.0, 2.0)
+ENDS_TRIES = 5
 GONE = (TrunkUnreachable, StepTimeout)
 Answered = TypeVar("Answered")
 log = logging.getLogger("splitlearn")
@@ -47,13 +51,19 @@ class MemberRun(ClientRun):
     """
 
     def __init__(
-        self, transport: Transport, facts: RunFacts, settings: RunSettings, config: ClientConfig
+        self,
+        transport: Transport,
+        facts: RunFacts,
+        settings: RunSettings,
+        config: ClientConfig,
+        ends: SharedEnds | None = None,
     ) -> None:
         super().__init__(transport, facts, settings, config.train_s)
         self._config = config
         assert facts.own is not None
         self.step, self.lease_s = facts.own.step, facts.own.lease_left_s
         self.last_merged: Merged | None = None
+        self._ends = ends
         self._heartbeat = Heartbeat(self, self.lease_s)
 
     def go_on_from(self, step: int) -> None:
@@ -75,11 +85,50 @@ class MemberRun(ClientRun):
     def leave(self) -> None:
         """The others no longer wait for this member, until it takes another step."""
         self.end()
+        self.ends_version = None
         self._transport.leave_run(self.name)
 
     def end(self) -> None:
         """Say no longer that it is there."""
         self._heartbeat.stop()
+
+    def refresh_ends(self, *, anew: bool = False) -> None:
+        """Have bottom and top as the run has them, where it trains them; before a step's first forward.
+
+        Where they are known to be, nothing is asked for, unless `anew`.
+        """
+        if anew:
+            self._lose_step()
+        for _ in range(ENDS_TRIES):
+            if self._ends is None or self.ends_version is not None:
+                return
+            with contextlib.suppress(Rejoined):
+                answer = self._ask_ends({})
+                self._take_ends(answer if answer.ends else self._ask_ends(self._ends.values()))
+        raise RunLost(f"run {self.name} was lost again and again: try again later")
+
+    def _ask_ends(self, first: Mapping[str, Tensor]) -> AnswerMessage:
+        key = self._key(Phase.ENDS)
+        return self._ask(RunStepMessage(key=key, ends=first, deadline_s=self._deadline_s))
+
+    def _take_ends(self, answer: AnswerMessage) -> None:
+        if self._ends is not None and answer.ends:
+            self._ends.write(answer.ends)
+            self.ends_version = answer.versions.version
+
+    def _gradients_of_ends(self) -> dict[str, Tensor]:
+        found = {} if self._ends is None else self._ends.gradients()
+        if self._ends is not None and self._unapplied and not found:
+            raise UnsupportedCall(
+                "bottom and top have no gradients, which this step of the cohort needs: call "
+                "model.trunk.step() before zero_grad()"
+            )
+        return found
+
+    def _lose_step(self) -> None:
+        """It begins anew, and bottom and top are looked at again before."""
+        self._forget_step()
+        self.ends_version = None
 
     def forward(
         self,
@@ -102,11 +151,11 @@ class MemberRun(ClientRun):
                     want_input_gradient=want_input_gradient,
                 )
             except Rejoined:
-                if had_begun:
+                if had_begun or self._ends is not None:
                     self._begin_anew()
                 self._forget_step()
             except (StaleGradient, ContributionLost):
-                self._forget_step()
+                self._lose_step()
                 raise
         self._begin_anew()
 
@@ -118,7 +167,7 @@ class MemberRun(ClientRun):
         except (Rejoined, TapeExpired):
             self._begin_anew()
         except (StaleGradient, ContributionLost):
-            self._forget_step()
+            self._lose_step()
             raise
 
     def evaluate(self, activation_BTD: Tensor, mask_BT: Tensor | None, positions_BT: Tensor | None) -> Tensor:
@@ -149,11 +198,13 @@ class MemberRun(ClientRun):
             RoundUnfinished: the round was not closed within `round_s`.
         """
         until = time.monotonic() + self._config.round_s
+        ends = {} if skip else self._gradients_of_ends()
         while True:
             asked = RunStepMessage(
                 key=self._key(Phase.OPTIMIZER_STEP),
                 optimizer=OptimizerStep(scale, learning_rate, skip, weight),
                 deadline_s=max(self.lease_s / BEATS_A_LEASE, 2.0),
+                ends=ends,
             )
             try:
                 answer = self._ask(asked)
@@ -165,10 +216,11 @@ class MemberRun(ClientRun):
                 # Whether it counts, the server knows; where it does not, it says that the gradients are lost.
                 continue
             except (ContributionLost, StaleGradient):
-                self._forget_step()
+                self._lose_step()
                 raise
         self.step += 1
         self._forget_step()
+        self._take_ends(answer)
         self.last_merged = answer.merged
         return answer.merged
 
@@ -200,6 +252,8 @@ class MemberRun(ClientRun):
         if self._heartbeat.is_stopped:
             self._heartbeat = Heartbeat(self, self.lease_s)
         self.number, self.incarnation, self.version = facts.number, facts.incarnation, facts.version
+        # What it was given may have been lost there.
+        self.ends_version = None
 
     def _forget_step(self) -> None:
         with self._lock:
@@ -208,7 +262,7 @@ class MemberRun(ClientRun):
             self._torn.clear()
 
     def _begin_anew(self) -> NoReturn:
-        self._forget_step()
+        self._lose_step()
         raise ContributionLost(
             f"what step {self.step + 1} of member {self.member} had added up to is gone: compute its "
             "microbatches again (zero the client's gradients first; SplitTrainer does so by itself)"

@@ -4,36 +4,31 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
-from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from splitlearn.client import run_entry
 from splitlearn.client.call_context import Call, CallContext
 from splitlearn.client.member_run import MemberRun
-from splitlearn.client.remote_cache import session_of
-from splitlearn.client.run import ClientRun, require_same
-from splitlearn.client.sent import positions_to_send, require_in_step, without_cache
+from splitlearn.client.plain_steps import PlainSteps
+from splitlearn.client.run import ClientRun
+from splitlearn.client.sent import without_cache
+from splitlearn.client.shared_ends import SharedEnds
 from splitlearn.client.transport import Transport
 from splitlearn.client.trunk_operation import NO_RUN, Trained, Untrained
 from splitlearn.config import ClientConfig
-from splitlearn.errors import MessageError, RunLost, RunTakenOver, SettingError, UnsupportedCall
-from splitlearn.vocabulary import LoraSettings, Merged, RunSettings, StepKey, Timings, Versions
-from splitlearn.wire.host_memory import to_host
+from splitlearn.errors import RunLost, UnsupportedCall
+from splitlearn.vocabulary import LoraSettings, Merged, StepKey, Timings, Versions
 from splitlearn.wire.messages import (
-    SAVED,
     AdapterMessage,
-    AnswerMessage,
     OpenRun,
     OpenSession,
     RunFacts,
-    StepMessage,
 )
 
 # B rows   T new tokens   D hidden
-
-OPEN_TRIES = 5
 
 
 class RemoteTrunk(nn.Module):
@@ -55,6 +50,8 @@ class RemoteTrunk(nn.Module):
         # Without it nothing would ask for a gradient where the bottom is frozen.
         self._anchor = torch.zeros((), requires_grad=True)
         self._run: ClientRun | None = None
+        self.ends: SharedEnds | None = None
+        """The adapters of bottom and top, where the run trains them; see `share_run`."""
         self.is_named = False
         """Whether the run's name is its user's choice."""
         self._was_closed = False
@@ -67,7 +64,7 @@ class RemoteTrunk(nn.Module):
         self.layers = trunk
         self._config = config
         self._context: CallContext | None = None
-        self._lone_steps = count(1)
+        self._plain_steps = PlainSteps(transport, trunk, config, self._opening)
 
     def listen_to(self, context: CallContext) -> None:
         """Take masks, positions and cache from the calls of this decoder."""
@@ -155,15 +152,27 @@ class RemoteTrunk(nn.Module):
                     "this model's bottom and top have been trained, a trunk that begins anew does not fit "
                     "them: load the model again, and train that one"
                 )
-            facts = self._open_or_join(self.planned)
-            require_same(facts.name, facts.settings, self.planned.settings)
-            self._run = self._entered(facts, self.planned.settings)
+            entry = run_entry.enter(self.transport, self.planned, self._start)
+            self._opened_here = entry.opened_here
+            if not (entry.opened_here or self.is_shared):
+                self.joined_at_step = entry.facts.step
+            self._run = self._part_in(entry.facts, self.planned)
         return self._run
 
     @property
     def is_shared(self) -> bool:
         """Whether the model was loaded as a cohort's member."""
         return self.planned is not None and not self.planned.settings.cohort.is_private
+
+    def refresh_ends(self, *, anew: bool = False) -> None:
+        """Before a forward: bottom and top as the run has them, where a cohort trains them together.
+
+        Evaluation uses them as they are: it makes nobody a member again who has left.
+        """
+        if self.ends is not None and (anew or self._run is None or torch.is_grad_enabled()):
+            run = self.run
+            if isinstance(run, MemberRun):
+                run.refresh_ends(anew=anew)
 
     def save(self) -> RunFacts:
         """Have the run written to the server's disk as it stands now; a cohort's is there already.
@@ -199,32 +208,18 @@ class RemoteTrunk(nn.Module):
         planned = self.planned
         if planned is None:
             raise UnsupportedCall(NO_RUN)
-        if self.is_shared:
-            facts = self.transport.join_run(name, planned.member)
-        else:
-            facts = self.transport.restore_run(name, step, digest)
-        require_same(facts.name, facts.settings, planned.settings)
+        facts = run_entry.restored(self.transport, planned, name, step, digest)
         self.planned = replace(planned, name=name)
         self._was_closed, self.joined_at_step, self._has_stepped = False, 0, bool(step)
         self.gradient_scale = 1.0
-        self._run = self._entered(facts, planned.settings)
+        self._run = self._part_in(facts, planned)
         if isinstance(self._run, MemberRun):
             self._run.go_on_from(step)
 
     def require_own_run(self) -> None:
         """Raises RunTakenOver where the run is open as another's, who restored it after ours was lost."""
-        if self._run is None:
-            return
-        try:
-            there = self.transport.run_facts(self._run.name)
-        except RunLost:
-            return
-        ours = (self._run.number, self._run.incarnation)
-        if there.state != SAVED and (there.number, there.incarnation) != ours:
-            raise RunTakenOver(
-                f"run {there.name} was resumed by somebody else after this side had lost it, and is theirs "
-                "now: let this training end"
-            )
+        if self._run is not None:
+            run_entry.require_own(self.transport, self._run)
 
     def close_run(self) -> None:
         """Free what the run holds in the server's memory; what was saved of it can be resumed from.
@@ -277,90 +272,18 @@ class RemoteTrunk(nn.Module):
         """Let the run begin with these weights; they go to the trunk when it opens."""
         self._start = adapter
 
-    def _entered(self, facts: RunFacts, settings: RunSettings) -> ClientRun:
-        if self.is_shared:
-            return MemberRun(self.transport, facts, settings, self._config)
-        return ClientRun(self.transport, facts, settings, self._config.train_s)
-
-    def _enter_cohort(self, planned: OpenRun) -> RunFacts:
-        """Whoever comes first opens the run; the others join it."""
-        for _ in range(OPEN_TRIES):
-            try:
-                self._require_joinable(self.transport.run_facts(planned.name), planned)
-                return self.transport.join_run(planned.name, planned.member)
-            except RunLost:
-                try:
-                    return self._open(planned)
-                except MessageError:
-                    # Somebody else was quicker.
-                    continue
-        raise RunLost(f"run {planned.name} could be neither joined nor opened: try again")
-
-    def _open_or_join(self, planned: OpenRun) -> RunFacts:
-        if self.is_shared:
-            return self._enter_cohort(planned)
-        try:
-            # To join turns away who trains it now, so that comes last.
-            self._require_joinable(self.transport.run_facts(planned.name), planned)
-            joined = self.transport.join_run(planned.name)
-        except RunLost:
-            self._opened_here = True
-        else:
-            self.joined_at_step = joined.step
-            return joined
-        return self._open(planned)
-
-    def _open(self, planned: OpenRun) -> RunFacts:
-        if self._start is None or not planned.settings.lora.r:
-            return self.transport.open_run(planned)
-        self.transport.load_adapter(self._start)
-        try:
-            return self.transport.open_run(replace(planned, start_from=self._start.name))
-        finally:
-            self.transport.unload_adapter(self._start.name)
-
-    def _require_joinable(self, there: RunFacts, planned: OpenRun) -> None:
-        if there.state == SAVED:
-            return
-        require_same(there.name, there.settings, planned.settings)
-        if self._start is not None:
-            raise SettingError(
-                f"run {there.name} is open already and cannot start from another adapter: "
-                "take another run name, or call model.trunk.start_over()"
-            )
+    def _part_in(self, facts: RunFacts, planned: OpenRun) -> ClientRun:
+        return run_entry.part_in(self.transport, facts, planned.settings, self._config, self.ends)
 
     def exchange(self, activation_BTD: Tensor, call: Call) -> Tensor:
-        sent_BTD = to_host(activation_BTD)
-        if call.cache is None:
-            answer = self._lone_step(sent_BTD, call)
-        else:
-            session = session_of(call.cache, self.layers, self.transport, self._opening)
-            require_in_step(call.cache, self.layers, session.length + sent_BTD.shape[1])
-            positions_BT = positions_to_send(call, sent_BTD, session.length)
-            answer = session.step(sent_BTD, call.mask_BL, positions_BT, self._deadline_s(sent_BTD))
+        """A step of no run: activation (B, T, D) at the lower cut -> at the upper cut."""
+        answer = self._plain_steps.ask(activation_BTD, call)
         assert answer.activation_BTD is not None
         self.last_timings = answer.timings
         return answer.activation_BTD.to(activation_BTD.device)
-
-    def _lone_step(self, sent_BTD: Tensor, call: Call) -> AnswerMessage:
-        _, mask_BT, positions_BT = without_cache(sent_BTD, call)
-        return self.transport.step(
-            StepMessage(
-                key=StepKey(step=next(self._lone_steps)),
-                activation_BTD=sent_BTD,
-                mask_columns_BT=mask_BT,
-                positions_BT=positions_BT,
-                deadline_s=self._deadline_s(sent_BTD),
-            )
-        )
 
     def _opening(self) -> OpenSession:
         """A session generates with the run's adapter as it is when the session opens."""
         if self.planned is None or not self.planned.settings.lora.r:
             return OpenSession()
         return OpenSession(adapter=Versions(self.run.name), precision=self.run.settings.precision)
-
-    def _deadline_s(self, activation_BTD: Tensor) -> float:
-        rows, tokens = activation_BTD.shape[:2]
-        is_decode = rows * tokens <= self._config.decode_tokens
-        return self._config.decode_s if is_decode else self._config.prefill_s

@@ -55,6 +55,8 @@ class ClientRun:
         self.settings = settings
         self.accumulation = settings.accumulation
         self.loss_scale = 1.0
+        self.ends_version: int | None = None
+        """Which version bottom and top are of, where the run trains them and it is known."""
         self.forwarded_again = 0
         self.last_timings = Timings()
         self._transport = transport
@@ -107,6 +109,7 @@ class ClientRun:
             seed=self._seed(key) if training else 0,
             acked_through=acked_through,
             deadline_s=self._deadline_s,
+            ends_version=self.ends_version,
         )
         return asked, _tensor_of(self._ask(asked))
 
@@ -146,6 +149,7 @@ class ClientRun:
                     positions_BT=positions_BT,
                     want_input_gradient=False,
                     deadline_s=self._deadline_s,
+                    ends_version=self.ends_version,
                 )
             )
         )
@@ -285,5 +289,7 @@ def _differences(there: RunSettings, wanted: RunSettings) -> Iterator[str]:
         has, asked = getattr(there.cohort, each.name), getattr(wanted.cohort, each.name)
         if has != asked:
             yield f"the cohort's {each.name}: {has}, not {asked}"
+    if there.share != wanted.share:
+        yield f"share: {there.share.rule}, not {wanted.share.rule}"
     if there.allow_download != wanted.allow_download:
         yield f"allow_download: {there.allow_download}, not {wanted.allow_download}"

@@ -72,6 +72,7 @@ class AutoSplitModelForCausalLM:
         tape: TapeSettings | None = None,
         allow_download: bool = True,
         cohort: CohortSettings | None = None,
+        share: str = "personal",
         member: str | None = None,
         member_key: str | Path | None = None,
         **settings: Any,
@@ -98,6 +99,8 @@ class AutoSplitModelForCausalLM:
             tape: what the trunk keeps of a forward until its gradient comes: all of it by default.
             allow_download: whether the trunk's part of the adapter may be fetched from the server.
             cohort: who trains the run together, by which rule; by default this client alone.
+            share: "sync" trains the adapters of bottom and top with the cohort's trunk, one for all members;
+                the server then sees them and their gradients.
             member: what this client is called in the cohort.
             member_key: a file with the secret by which the server knows this member again, made where there
                 is none; without it a member is known as long as this object lives.
@@ -124,7 +127,7 @@ class AutoSplitModelForCausalLM:
                 checkpoint, plan, transport, client_config, weights_dtype, device, attn_implementation
             )
             prepare_training(model, lora, run, freeze, seed, tape, full=full, allow_download=allow_download)
-            share_run(model, cohort, member)
+            share_run(model, cohort, member, share)
             return model
         except BaseException:
             transport.close()

@@ -24,20 +24,26 @@ from splitlearn.client.parts import (
 )
 from splitlearn.client.remote_trunk import RemoteTrunk
 from splitlearn.client.run import require_same
+from splitlearn.client.shared_ends import SharedEnds
 from splitlearn.client.trunk_operation import NO_RUN
 from splitlearn.errors import AdapterError, SettingError, UnsupportedCall
-from splitlearn.model.lora import ADAPTER, add_lora, settings_of
+from splitlearn.model.lora import ADAPTER, add_lora, settings_of, weights_of
+from splitlearn.model.skeleton import decoder_of
 from splitlearn.vocabulary import (
+    PERSONAL,
+    SYNC,
     CohortSettings,
     LoraSettings,
     OptimizerSettings,
     Precision,
     RunSettings,
+    ShareSettings,
     TapeSettings,
 )
 from splitlearn.wire.messages import OpenRun
 
 NOT_TRAINED = LoraSettings(r=0)
+SHARES = (PERSONAL, SYNC)
 CLIP_EPSILON = 1e-6
 
 
@@ -92,22 +98,55 @@ def prepare_training(
         start_from(model, trunk, folder)
 
 
-def share_run(model: PreTrainedModel, cohort: CohortSettings | None, member: str | None) -> None:
-    """Plan the run as one that a cohort trains; without `cohort` nothing is done.
+def share_run(
+    model: PreTrainedModel,
+    cohort: CohortSettings | None,
+    member: str | None,
+    share: str = PERSONAL,
+) -> None:
+    """Plan the run as one that a cohort trains, bottom and top too with `share`; without `cohort` do nothing.
 
     Raises:
-        SettingError: there is no run to share, or the cohort is not known by name.
+        SettingError: there is no run to share, or the cohort is not known by name; or bottom and top have
+            no adapters to share.
     """
     trunk = trunk_of(model)
+    if share not in SHARES:
+        raise SettingError(f"there is no share={share!r}: use one of {', '.join(SHARES)}")
     if cohort is None or cohort.is_private:
         if member is not None:
             raise SettingError("give cohort=CohortSettings(...) with member=: a private run has no members")
+        if share != PERSONAL:
+            raise SettingError(f"give cohort=CohortSettings(...) with share={share!r}: nobody else is there")
         return
     if trunk.planned is None or not trunk.is_named:
         raise SettingError("a cohort trains a run that all its members name: give lora= and run='...'")
-    settings = replace(trunk.planned.settings, cohort=cohort)
+    settings = replace(trunk.planned.settings, cohort=cohort, share=ShareSettings(share))
     name = member or f"member-{secrets.token_hex(4)}"
     trunk.planned = replace(trunk.planned, settings=settings, member=name)
+    if share == SYNC and trunk.ends is None:
+        trunk.ends = SharedEnds(_ends_to_share(model, trunk))
+        # Before the bottom computes anything, and before what listens to the call.
+        decoder_of(model).register_forward_pre_hook(lambda *_: trunk.refresh_ends(), prepend=True)
+
+
+def _ends_to_share(model: PreTrainedModel, trunk: RemoteTrunk) -> dict[str, nn.Parameter]:
+    """The adapters of bottom and top that are trained.
+
+    Raises:
+        SettingError: a part is trained in full, or neither has an adapter that is trained.
+    """
+    if whole := units_in_full(model, trunk):
+        raise SettingError(
+            f"share='sync' is for adapters, {min(whole)} is trained in full: leave full= out, or share"
+        )
+    ends = {name: weight for name, weight in weights_of(model, ADAPTER).items() if weight.requires_grad}
+    if not ends:
+        raise SettingError(
+            "share='sync' shares the adapters of bottom and top, and both are frozen: leave one of them out "
+            "of freeze=, or leave share out"
+        )
+    return ends
 
 
 def _require_writable(model: PreTrainedModel, freeze: Collection[str], full: Collection[str]) -> None:
@@ -150,7 +189,7 @@ def clip_grad_norm(model: nn.Module, max_norm: float, trunk_norms: Tensor | None
         trunk_norms: what `model.trunk.grad_norms()` gave, where it has been asked already.
 
     In a cohort the trunk's gradients are clipped with the others' (`CohortSettings.clip_norm`), and here
-    bottom and top by their own norm.
+    bottom and top by their own norm; where the cohort trains them, too, all three are clipped there.
 
     Returns:
         Their norm before (a scalar); not finite where one of them is not.
@@ -160,8 +199,9 @@ def clip_grad_norm(model: nn.Module, max_norm: float, trunk_norms: Tensor | None
         [each.grad for each in side if each.grad is not None] for side in parameters_around(model, trunk)
     )
     device = next((gradient.device for gradient in (*below, *above)), torch.device("cpu"))
-    between = trunk.grad_norms() if trunk_norms is None and not trunk.is_shared else trunk_norms
-    if between is None or trunk.is_shared:
+    is_whole = not trunk.is_shared or trunk.ends is not None
+    between = trunk.grad_norms() if trunk_norms is None and is_whole else trunk_norms
+    if between is None or not is_whole:
         between = torch.empty(0)
     # What an earlier clipping left of them; the trunk scales its gradients when it steps.
     between = (between[between != -1] * trunk.gradient_scale).to(device)
@@ -171,10 +211,13 @@ def clip_grad_norm(model: nn.Module, max_norm: float, trunk_norms: Tensor | None
     # The trunk's gradients are float32, as its norms are.
     norms = [norms[index] for index in _torchs_order([*below, *between.unbind(), *above])]
     total = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]))
+    if trunk.ends is not None:
+        return total
     scale = torch.clamp(max_norm / (total + CLIP_EPSILON), max=1.0)
     for gradient in (*below, *above):
         gradient.mul_(scale.to(gradient.device))
-    trunk.gradient_scale *= float(scale)
+    if not trunk.is_shared:
+        trunk.gradient_scale *= float(scale)
     return total
 
 

@@ -13,31 +13,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from splitlearn.disk import append, claimed, digest, is_claimed, make_folder, sizes_below, sync
 from splitlearn.engine import offers
+from splitlearn.engine.checkpoint_note import NOTE, digest_of_note, settings_of, short_digest
 from splitlearn.engine.disk_budget import DiskBudget
 from splitlearn.engine.offers import CohortSnapshot
 from splitlearn.errors import CheckpointError, another_training, first_line
-from splitlearn.vocabulary import (
-    CohortSettings,
-    LoraSettings,
-    OptimizerSettings,
-    Precision,
-    RunSettings,
-    TapeSettings,
-)
+from splitlearn.vocabulary import RunSettings
 
 FORMAT = 2
 """1 knew no cohorts; it is read as a private run."""
-WEIGHTS, OPTIMIZER, NOTE = "adapter.safetensors", "optimizer.safetensors", "run.json"
+WEIGHTS, OPTIMIZER = "adapter.safetensors", "optimizer.safetensors"
 KEPT, LEDGER = "kept.safetensors", "ledger.jsonl"
 ROUNDS_KEPT = 2
-DIGEST_DIGITS = 16
 HEADER_BYTES, NOTE_BYTES = 128, 1024
 """More than a tensor's entry takes in its file, and more than a note takes beside its settings."""
 STEP_FOLDER = re.compile(r"step-(\d{8})")
@@ -73,7 +65,7 @@ class RunStore:
 
     def digests(self, name: str) -> dict[int, int]:
         """By step, what tells a checkpoint from any other of the same name and step; 0 if it is torn."""
-        return {step: _short_digest(folder) for step, folder in sorted(self._checkpoints(name))}
+        return {step: short_digest(folder) for step, folder in sorted(self._checkpoints(name))}
 
     def names(self) -> list[str]:
         """The runs that have anything here, whole or not: all of it counts, and can be deleted."""
@@ -174,9 +166,9 @@ class RunStore:
                 raise CheckpointError(
                     f"step {step} of run {name} was written by a newer version of splitlearn: update this one"
                 )
-            if note.pop("digest") != _digest_of_note(note):
+            if note.pop("digest") != digest_of_note(note):
                 raise CheckpointError(_torn(name, step))
-            if wanted not in (0, _short_digest(folder)):
+            if wanted not in (0, short_digest(folder)):
                 raise another_training(name, [step])
             for file, written in note["digests"].items():
                 if digest(folder / file) != written:
@@ -186,7 +178,7 @@ class RunStore:
                 note["step"],
                 note["version"],
                 note["skipped"],
-                _settings(note["settings"]),
+                settings_of(note["settings"]),
                 load_file(folder / WEIGHTS),
                 load_file(folder / OPTIMIZER),
                 _cohort(note.get("cohort"), folder),
@@ -251,7 +243,7 @@ def _write_files(snapshot: RunSnapshot, folder: Path) -> None:
         "cohort": None if snapshot.cohort is None else offers.told(snapshot.cohort),
         "digests": {file.name: digest(file) for file in sorted(folder.iterdir())},
     }
-    note["digest"] = _digest_of_note(note)
+    note["digest"] = digest_of_note(note)
     (folder / NOTE).write_text(json.dumps(note, indent=1))
     for file in folder.iterdir():
         sync(file)
@@ -273,14 +265,6 @@ def _put_back(former: Path, target: Path) -> None:
         sync(target.parent)
 
 
-def _short_digest(folder: Path) -> int:
-    """Of the note, and so of the files whose digests stand in it; never 0 where it can be read."""
-    try:
-        return int(json.loads((folder / NOTE).read_text())["digest"][:DIGEST_DIGITS], 16) or 1
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
-
-
 def _bytes_of(snapshot: RunSnapshot) -> int:
     """At least what its files will take."""
     tensors = {**snapshot.weights, **snapshot.optimizer}
@@ -292,28 +276,8 @@ def _bytes_of(snapshot: RunSnapshot) -> int:
     return sum(each.nbytes for each in tensors.values()) + headers + 2 * note + NOTE_BYTES
 
 
-def _digest_of_note(note: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(note, sort_keys=True).encode())
-
-
 def _why(error: Exception) -> str:
     return getattr(error, "strerror", None) or first_line(error)
-
-
-def _settings(told: dict[str, Any]) -> RunSettings:
-    lora = dict(told["lora"])
-    for name in ("target_modules", "exclude_modules"):
-        lora[name] = tuple(lora[name])
-    return RunSettings(
-        **{
-            **told,
-            "lora": LoraSettings(**lora),
-            "optimizer": OptimizerSettings(**told["optimizer"]),
-            "tape": TapeSettings(**told["tape"]),
-            "precision": Precision(**told["precision"]),
-            "cohort": CohortSettings(**told.get("cohort", {})),
-        }
-    )
 
 
 def _cohort(told: dict[str, Any] | None, folder: Path) -> CohortSnapshot | None:

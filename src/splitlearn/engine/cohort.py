@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
+from splitlearn.config import GIB
 from splitlearn.engine import round as rounds
+from splitlearn.engine import shared_ends
 from splitlearn.engine.contribution import Gradients
 from splitlearn.engine.failures import explained
 from splitlearn.engine.ledger import Ledger
-from splitlearn.engine.member import Event, Member, State, key_of
+from splitlearn.engine.member import Member, State
 from splitlearn.engine.merge import is_finite
 from splitlearn.engine.offers import CohortSnapshot, Offer
 from splitlearn.engine.parking import Parking
+from splitlearn.engine.roster import Roster
 from splitlearn.engine.rules import OpenRound, rule_of
-from splitlearn.engine.trunk_state import AdapterVersion
-from splitlearn.errors import ContributionLost, MessageError, RunBroken, SplitLearnError, StaleGradient
+from splitlearn.engine.underway import Underway
+from splitlearn.errors import MessageError, RunBroken, SplitLearnError
 from splitlearn.monitor import events
 from splitlearn.vocabulary import Fate, Merged, Versions
 from splitlearn.wire.messages import AnswerMessage, OptimizerStep, RunStepMessage
@@ -28,7 +33,7 @@ if TYPE_CHECKING:
     from splitlearn.engine.step import Step
 
 
-class Cohort:
+class Cohort(Roster):
     """Belongs to the engine's thread.
 
     What a member is told of an optimizer step is on the disk before: it is never taken back.
@@ -37,6 +42,7 @@ class Cohort:
         run: whose optimizer the rounds step.
         lease_s: how long a member is waited for that neither works nor says that it is there.
         changed: told when there is something for the disk; without it nothing is kept there.
+        max_ends_bytes: what bottom's and top's adapters may take, where the run trains them.
     """
 
     def __init__(
@@ -45,62 +51,28 @@ class Cohort:
         lease_s: float,
         changed: Callable[[], None] | None = None,
         listener: events.Listener | None = None,
+        max_ends_bytes: int = GIB,
     ) -> None:
-        self.members: dict[str, Member] = {}
-        self.ledger = Ledger(run.name, listener)
-        self._run, self._settings = run, run.settings.cohort
+        super().__init__(run, lease_s, Ledger(run.name, listener))
+        self._settings = run.settings.cohort
         self._rule = rule_of(self._settings)
-        self._lease_s = lease_s
         self._changed = changed
         self._waiting: list[Offer] = []
         self._open_since = 0.0
         self._parking = Parking()
-
-    def __iter__(self) -> Iterator[Member]:
-        return iter(self.members.values())
-
-    # ---------------------------------------------------------------- members
+        self._max_ends_bytes = max_ends_bytes
+        self.underway = Underway(run, self._rule, self.ledger)
 
     def join(self, client: bytes, name: str) -> Member:
-        """The member of this name, new or in a new incarnation.
-
-        Raises:
-            AccessDenied: another client has the name; MessageError: this client has another name, or none.
-        """
-        self._require_name(client, name)
-        if (member := self.members.get(name)) is None:
-            member = self.members[name] = Member(self._run, name, key_of(client))
-        else:
-            member.require_key(client)
-            member.advance(Event.JOIN)
-            member.rejoin()
-            if self._rule.waits:
-                self._waiting = [each for each in self._waiting if each.member != name]
-        member.lease_until = time.monotonic() + self._lease_s
-        self.ledger.add(events.Joined(name, member.incarnation))
+        is_back = name in self.members
+        member = super().join(client, name)
+        if is_back and self._rule.waits:
+            self._waiting = [each for each in self._waiting if each.member != name]
         return member
 
-    def of(self, client: bytes) -> Member | None:
-        """The member that this client is."""
-        key = key_of(client)
-        return next((member for member in self if member.key == key), None)
-
-    def renew(self, member: Member) -> None:
-        """It works, or says that it is there; raises RunLost where it has left."""
-        if member.advance(Event.WORK):
-            self.ledger.add(events.Returned(member.name, member.incarnation))
-        member.lease_until = time.monotonic() + self._lease_s
-
     def leave(self, member: Member) -> None:
-        """Rounds no longer wait for it; what it has given to the open one counts."""
-        member.advance(Event.LEAVE)
-        member.forget_gradients()
-        self.ledger.add(events.Left(member.name, member.incarnation))
+        super().leave(member)
         self._go_on()
-
-    def active(self) -> set[str]:
-        """The names of those that rounds wait for."""
-        return {member.name for member in self if member.state is State.ACTIVE}
 
     def end(self, error: SplitLearnError) -> None:
         """Nobody waits any more."""
@@ -108,31 +80,22 @@ class Cohort:
 
     # ---------------------------------------------------------------- steps
 
-    def pinned(self, member: Member, microbatch: int) -> AdapterVersion:
-        """What a step's forward is computed with: what its first one was.
+    def tell_ends(self, member: Member, asked: RunStepMessage) -> AnswerMessage:
+        """The ends as they are now, which its next step is computed with; a step underway begins anew.
+
+        Whoever comes first brings them: until then there are none in the answer.
 
         Raises:
-            StaleGradient: it would be refused in the end; ContributionLost: what came before it is gone.
+            MessageError: the run does not train them, or what is brought cannot be trained.
+            ResourceExhausted: they are larger than any adapter may be, or than the client's quota.
         """
-        self.require_fresh(member)
-        if member.base is None and microbatch:
-            raise self._lost(member)
-        return member.pin()
-
-    def require_fresh(self, member: Member) -> None:
-        """Before more is computed for a step: raises StaleGradient where it would be refused in the end."""
-        if member.base is not None and not self._rule.drops_late:
-            self._require_fresh(member, self._run.version - member.base.number)
-
-    def require_underway(self, member: Member, adapter: AdapterVersion) -> None:
-        """Before a gradient is added: the step was begun with this version, and would not be refused.
-
-        Raises:
-            StaleGradient: as `require_fresh`; ContributionLost: the step has begun anew since its forward.
-        """
-        self.require_fresh(member)
-        if member.base is not adapter:
-            raise self._lost(member)
+        run = self._run
+        if not run.settings.share.is_sync:
+            raise MessageError(f"run {run.name} leaves bottoms and tops to its members: it has none")
+        if asked.ends and not run.current.ends:
+            run.take_ends(shared_ends.first(asked.ends, run.masters, self._max_ends_bytes))
+        member.forget_gradients()
+        return self._with_ends(member, AnswerMessage(asked.key))
 
     def take(self, member: Member, asked: RunStepMessage) -> AnswerMessage | None:
         """A member's optimizer step: its gradients become part of a round.
@@ -154,7 +117,7 @@ class Cohort:
                 raise MessageError(
                     "an optimizer step says by what to scale the gradients, and its learning rate"
                 )
-            self._begin(member, asked.optimizer)
+            self._begin(member, asked.optimizer, asked.ends)
         elif step > member.next_step:
             member.require_next(step)
         self._go_on()
@@ -174,11 +137,7 @@ class Cohort:
 
     def tick(self, now: float) -> None:
         """Let leases run out, close a round whose time is up, and have clients ask again that waited long."""
-        for member in self:
-            if member.state is State.ACTIVE and member.lease_until <= now:
-                member.advance(Event.LAPSE)
-                member.forget_gradients()
-                self.ledger.add(events.Lapsed(member.name, member.incarnation))
+        self._lapse(now)
         self._go_on()
         self._parking.fail_late(now, self._what_is_missing)
 
@@ -217,26 +176,23 @@ class Cohort:
 
     # ---------------------------------------------------------------- one step
 
-    def _require_name(self, client: bytes, name: str) -> None:
-        if not name:
-            raise MessageError(f"run {self._run.name} has members: say which one this is (member=, --member)")
-        if (own := self.of(client)) is not None and own.name != name:
-            raise MessageError(f"this client is member {own.name} of run {self._run.name}: give that name")
-
-    def _begin(self, member: Member, asked: OptimizerStep) -> None:
+    def _begin(self, member: Member, asked: OptimizerStep, ends: Mapping[str, Tensor]) -> None:
         step = member.next_step
         if asked.skip:
             self._settle(member, step, events.Skipped(member.name, step), None)
             return
         if member.contribution.is_empty or member.base is None:
-            raise self._lost(member)
+            raise self.underway.lost(member)
         version, staleness = member.base.number, self._run.version - member.base.number
         late = Merged(Fate.DROPPED, self._run.step, staleness)
         if staleness and self._rule.drops_late:
             self._settle(member, step, events.Dropped(member.name, step, version, staleness), late)
             return
-        self._require_fresh(member, staleness)
-        mean = member.contribution.scaled(asked.gradient_scale)
+        self.underway.require_not_stale(member, staleness)
+        mean = [
+            *member.contribution.scaled(asked.gradient_scale),
+            *shared_ends.gradients(ends, self._run.current.ends, asked.gradient_scale),
+        ]
         if not is_finite(mean):
             self._settle(member, step, events.Skipped(member.name, step), late)
             return
@@ -244,15 +200,6 @@ class Cohort:
         if not self._rule.waits:
             kept = Merged(Fate.KEPT, self._run.step, staleness)
             self._settle(member, step, events.Kept(member.name, step, version), kept)
-
-    def _lost(self, member: Member) -> ContributionLost:
-        # All of it: the step is computed at one version.
-        member.forget_gradients()
-        return ContributionLost(
-            f"step {member.next_step} of member {member.name} has no gradients here (the run was restored, "
-            "or the member's lease had run out): compute it again",
-            facts={"current_step": member.next_step},
-        )
 
     def _offer(self, member: Member, version: int, asked: OptimizerStep, mean: Gradients) -> None:
         if not self._waiting:
@@ -299,12 +246,25 @@ class Cohort:
         """None while it is not done, or not on the disk."""
         if member.step != step or member.last is None or self.ledger.kept < member.settled_at:
             return None
-        return replace(member.last, key=member.step_key(step))
+        return self._with_ends(member, replace(member.last, key=member.step_key(step)))
 
     def _answer_to_old(self, member: Member, step: int) -> AnswerMessage:
         versions = Versions(self._run.name, self._run.version)
-        return AnswerMessage(
+        answer = AnswerMessage(
             member.step_key(step), versions=versions, stepped=True, merged=Merged(Fate.MERGED)
+        )
+        return self._with_ends(member, answer)
+
+    def _with_ends(self, member: Member, answer: AnswerMessage) -> AnswerMessage:
+        """With bottom's and top's adapters as they are now, where the run trains them."""
+        current = self._run.current
+        if not current.ends:
+            return answer
+        member.given = current
+        versions = Versions(self._run.name, current.number)
+        # These tensors never change: the next version has its own.
+        return replace(
+            answer, versions=versions, ends={name: each.detach() for name, each in current.ends.items()}
         )
 
     def _is_offered(self, member: Member, step: int) -> bool:
@@ -317,22 +277,6 @@ class Cohort:
             self.active(),
             time.monotonic() - self._open_since,
             self._run.step > 0 or len(self.members) >= self._settings.members,
-        )
-
-    def _require_fresh(self, member: Member, staleness: int) -> None:
-        assert member.base is not None
-        age_s, limit_s = time.monotonic() - member.began_at, self._settings.age_limit_s
-        limit = self._rule.staleness_limit
-        if staleness <= limit and (not limit_s or age_s <= limit_s):
-            return
-        version = member.base.number
-        member.forget_gradients()
-        self.ledger.add(events.Refused(member.name, member.next_step, version, staleness))
-        allowed = f"{limit} versions" + (f" and {limit_s:g} s" if limit_s else "")
-        raise StaleGradient(
-            f"the gradients of member {member.name} are {staleness} versions and {age_s:.0f} s old, run "
-            f"{self._run.name} allows {allowed}: compute them again",
-            facts={"current_version": self._run.version, "staleness": staleness, "age_s": age_s},
         )
 
     def _what_is_missing(self) -> str:

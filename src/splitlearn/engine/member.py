@@ -82,9 +82,11 @@ class Member:
         self.state = State.ACTIVE
         self.lease_until = 0.0
         self.step = 0
-        self.contribution = Contribution(len(run.masters))
+        self.contribution = Contribution(len(run.trunk_names))
         self.base: AdapterVersion | None = None
         """What all forwards of the step that is underway use; None before its first one."""
+        self.given: AdapterVersion | None = None
+        """Whose ends it was last given, where the run trains them: its next step is computed with that."""
         self.began_at = 0.0
         self.last: AnswerMessage | None = None
         """The answer to its last step that was done."""
@@ -123,13 +125,18 @@ class Member:
     def rejoin(self) -> None:
         """A newer incarnation takes over: what the older one half accumulated is discarded."""
         self.incarnation += 1
-        self.forget_gradients()
+        self.forget()
 
     def pin(self) -> AdapterVersion:
         """The adapter that the step underway is computed with, from its first forward on."""
         if self.base is None:
-            self.base, self.began_at = self.run.current, time.monotonic()
+            self.base, self.began_at = self.given or self.run.current, time.monotonic()
         return self.base
+
+    def fits(self, ends_version: int | None) -> bool:
+        """Whether a step may be computed with these ends: they are the version's that it is pinned at."""
+        pinned = self.base or self.given
+        return pinned is not None and pinned.number == ends_version
 
     def is_repeating(self, step: int) -> bool:
         """Whether a cohort's member, back from its own checkpoint, computes a step that counts already."""
@@ -172,6 +179,11 @@ class Member:
             stepped=merged is not None and merged.fate is not Fate.DROPPED,
             merged=merged,
         )
+
+    def forget(self) -> None:
+        """It is gone, or another: what it has half accumulated, and which ends it has."""
+        self.forget_gradients()
+        self.given = None
 
     def forget_gradients(self) -> None:
         self.contribution.forget()

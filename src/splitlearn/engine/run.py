@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import structlog
@@ -39,6 +39,8 @@ class Run:
         self.step = 0
         self.slot = slot
         self.masters = {name: weight.requires_grad_() for name, weight in weights.items()}
+        self._ends: frozenset[str] = frozenset()
+        """Names of those of bottom and top among them."""
         self.optimizer = optimizer.build(settings.optimizer, self._weights) if weights else None
         self.current = self._published(0)
         self.skipped = 0
@@ -55,8 +57,33 @@ class Run:
     @property
     def held_bytes(self) -> int:
         """What the run comes to hold: its weights, their gradients, and what the optimizer keeps of them."""
-        weights = sum(master.nbytes for master in self.masters.values())
-        return 2 * weights + optimizer.state_bytes(self.settings.optimizer, weights)
+        return self._bytes_with(self.masters)
+
+    @property
+    def trunk_names(self) -> list[str]:
+        """Of the weights that the trunk computes with, in the whole model's order."""
+        return [name for name in self.masters if name not in self._ends]
+
+    def take_ends(self, weights: Mapping[str, Tensor]) -> None:
+        """Train these adapters of bottom and top with the trunk's, by the same optimizer, from now on.
+
+        Raises:
+            ResourceExhausted: they are more than the client's quota allows; nothing has changed.
+        """
+        assert not self._ends, "a run's ends are given once"
+        self.account.take(self._bytes_with(weights), f"run {self.name}, with bottom's and top's adapters,")
+        device = next(iter(self.masters.values())).device
+        self._ends = frozenset(weights)
+        self.masters |= {
+            name: weight.detach().to(device, torch.float32, copy=True).requires_grad_()
+            for name, weight in weights.items()
+        }
+        self.optimizer = optimizer.build(self.settings.optimizer, self._weights)
+        self.current = self._published(self.version)
+
+    def _bytes_with(self, weights: Mapping[str, Tensor]) -> int:
+        size = sum(weight.nbytes for weight in weights.values())
+        return 2 * size + optimizer.state_bytes(self.settings.optimizer, size)
 
     def charge(self, account: Account) -> None:
         """Count what the run holds in this account, and no longer in the one before.
@@ -142,6 +169,9 @@ class Run:
         Raises:
             CheckpointError: it has other weights.
         """
+        if self.settings.share.is_sync and not self._ends:
+            beside = snapshot.weights.keys() - self.masters.keys()
+            self.take_ends({name: snapshot.weights[name] for name in sorted(beside)})
         shapes = {name: master.shape for name, master in self.masters.items()}
         if {name: weight.shape for name, weight in snapshot.weights.items()} != shapes:
             raise CheckpointError(
@@ -176,7 +206,7 @@ class Run:
                     yield f"{name}{STATE_OF}{kind}", value.detach().cpu().clone()
 
     def download(self) -> AdapterMessage:
-        """The weights as they are now, on the CPU.
+        """The weights as they are now, on the CPU; those of bottom and top, too, where the run trains them.
 
         Raises:
             AccessDenied: the run was opened so that the trunk's part stays on the server.
@@ -192,7 +222,7 @@ class Run:
 
     def gradients(self) -> dict[str, Tensor | None]:
         """What the owner of a private run has accumulated since the last step, by the weights' names."""
-        return dict(zip(self.masters, self.owner.contribution.gradients, strict=True))
+        return dict(zip(self.trunk_names, self.owner.contribution.gradients, strict=True))
 
     def apply(self, asked: OptimizerStep) -> None:
         """Step with what the owner has accumulated, and publish the weights as a new version.
@@ -252,5 +282,7 @@ class Run:
 
     def _published(self, number: int) -> AdapterVersion:
         """The masters' own memory, until they move out of it at the next step."""
-        weights = {name: master.data.requires_grad_() for name, master in self.masters.items()}
-        return AdapterVersion(self.name, self.slot, number, weights)
+        every = {name: master.data.requires_grad_() for name, master in self.masters.items()}
+        weights = {name: weight for name, weight in every.items() if name not in self._ends}
+        ends = {name: weight for name, weight in every.items() if name in self._ends}
+        return AdapterVersion(self.name, self.slot, number, weights, ends)

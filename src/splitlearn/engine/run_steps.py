@@ -60,7 +60,9 @@ class RunSteps:
             case Phase.OPTIMIZER_STEP:
                 return self._optimizer_step(member, asked)
             case Phase.EVALUATE:
-                return self._evaluate(member.run, asked)
+                return self._evaluate(member, asked)
+            case Phase.ENDS:
+                return member.run.of_cohort().tell_ends(member, asked)
 
     def _forward(self, member: Member, asked: RunStepMessage) -> AnswerMessage:
         run = member.run
@@ -68,7 +70,7 @@ class RunSteps:
         if not member.is_repeating(asked.key.step):
             member.require_next(asked.key.step)
             if run.cohort is not None:
-                adapter = run.cohort.pinned(member, asked.key.microbatch)
+                adapter = run.cohort.underway.pinned(member, asked.key.microbatch, asked.ends_version)
         key = (member.number, asked.key.step, asked.key.microbatch)
         entry = self._tape.get(key)
         if entry is not None and entry.output_BTD is not None and entry.adapter is adapter:
@@ -113,7 +115,7 @@ class RunSteps:
         run = member.run
         if run.cohort is not None:
             if not member.is_repeating(entry.asked.key.step):
-                run.cohort.require_underway(member, entry.adapter)
+                run.cohort.underway.require_underway(member, entry.adapter)
             return
         age = run.version - entry.adapter.number
         if age > self._staleness_limit:
@@ -184,9 +186,13 @@ class RunSteps:
         )
         return member.last
 
-    def _evaluate(self, run: Run, asked: RunStepMessage) -> AnswerMessage:
+    def _evaluate(self, member: Member, asked: RunStepMessage) -> AnswerMessage:
+        run = member.run
+        adapter = run.current
+        if member.given is not None and member.given.number == asked.ends_version:
+            adapter = member.given
         with torch.no_grad():
-            output_BTD, _ = self._run_trunk(run.settings, asked, run.current)
+            output_BTD, _ = self._run_trunk(run.settings, asked, adapter)
         return self._answer(run, asked, output_BTD)
 
     def _run_trunk(

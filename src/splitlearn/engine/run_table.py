@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from splitlearn.config import RunConfig
-from splitlearn.engine import optimizer, rules
+from splitlearn.engine import optimizer, rules, shared_ends
 from splitlearn.engine.account import Accounts
 from splitlearn.engine.adapter_table import AdapterTable, fitting
 from splitlearn.engine.checkpoint import RunSnapshot
@@ -248,7 +248,13 @@ class RunTable:
             raise
         if not settings.cohort.is_private:
             changed = None if self.changed is None else partial(self.changed, run.name)
-            run.cohort = Cohort(run, self._config.member_lease_s, changed, self.listener)
+            run.cohort = Cohort(
+                run,
+                self._config.member_lease_s,
+                changed,
+                self.listener,
+                max_ends_bytes=self._config.max_adapter_bytes,
+            )
         else:
             self._by_number[run.owner.number] = run.owner
         self._runs[run.name] = run
@@ -288,6 +294,7 @@ class RunTable:
         """Before anything is added to the trunk."""
         optimizer.require_known(settings.optimizer)
         rules.require_known(settings.cohort)
+        shared_ends.require_known(settings)
         if not settings.cohort.is_private and not settings.lora.r:
             raise SettingError("a cohort trains the trunk together: give lora=, and do not freeze the trunk")
         self._state.require_precision(settings.precision)

@@ -24,6 +24,8 @@ class AdapterVersion:
     slot: str | None = None
     number: int = 0
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+    ends: Mapping[str, Tensor] = field(default_factory=dict)
+    """Of bottom and top, where the run trains them with the trunk."""
 
 
 BARE = AdapterVersion()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
@@ -75,12 +75,13 @@ class LoopbackTransport:
 
     def run_step(self, message: RunStepMessage) -> AnswerMessage:
         tensor_BTD = None if message.tensor_BTD is None else self._carry(message.tensor_BTD)
-        sent = replace(message, tensor_BTD=tensor_BTD)
+        sent = replace(message, tensor_BTD=tensor_BTD, ends=self._carry_all(message.ends))
         answer = _within(message.deadline_s or None, self._engine.submit(self._client, sent))
         if answer.error is not None:
             raise answer.error
         received = answer.activation_BTD
-        return replace(answer, activation_BTD=None if received is None else self._carry(received))
+        carried = None if received is None else self._carry(received)
+        return replace(answer, activation_BTD=carried, ends=self._carry_all(answer.ends))
 
     def open_run(self, asked: OpenRun) -> RunFacts:
         return _within(FORK_S, self._engine.runs.open(self._client, asked))
@@ -147,6 +148,9 @@ class LoopbackTransport:
 
     def close(self) -> None:
         """Nothing is open but the engine, which is not ours."""
+
+    def _carry_all(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self._carry(tensor) for name, tensor in tensors.items()}
 
     def _carry(self, tensor: Tensor) -> Tensor:
         """A copy, as a wire makes one: neither side can write into the other's memory."""

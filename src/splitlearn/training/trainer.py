@@ -68,11 +68,13 @@ class SplitTrainerMixin:
         super().__init__(*args, **kwargs)
         if self.args.world_size > 1:
             raise SettingError("a split model is trained by one process: each would train a trunk of its own")
+        self._trunk: RemoteTrunk = trunk_of(self.model)
+        if self._trunk.ends is not None and set(learning_rates or ()) & {"bottom", "top"}:
+            raise SettingError("a cohort that trains bottom and top has one rate for all: name no others")
         self._part_rates = PartRates(learning_rates, self.args.learning_rate)
         self.anomalies = AnomalyWatch(anomalies or AnomalyConfig())
         self._verdict = Verdict()
         self._rates: list[float] = []
-        self._trunk: RemoteTrunk = trunk_of(self.model)
         self._underway = StepUnderway(self.model, self._trunk)
         self._split_metrics = SplitMetrics(self._trunk, self.anomalies)
         plan_by_arguments(self._trunk, self.args)
@@ -200,6 +202,8 @@ class SplitTrainerMixin:
         weights = read_weights(self.model, folder)
         self._trunk.restore(note.run, note.step, note.trunk)
         put_weights(self.model, weights)
+        # What a cohort trains together is the run's, whatever this side had.
+        self._trunk.refresh_ends(anew=True)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)  # type: ignore[attr-defined]

@@ -75,6 +75,9 @@ class RunStepMessage:
     `tensor_BTD` is the activation at the lower cut (forward, evaluate) or the gradient at the upper
     cut, times `loss_scale` (backward). `seed` is that of dropout; 0 is none, as in evaluation. The
     client has the answers to the backwards of its step's microbatches below `acked_through`.
+
+    Where a run trains bottom and top, too, `ends` are their gradients (optimizer step), or what they begin
+    with (ends), by the names in a PEFT file less its prefix; `ends_version` is that of the client's.
     """
 
     key: StepKey
@@ -87,6 +90,8 @@ class RunStepMessage:
     optimizer: OptimizerStep | None = None
     acked_through: int = 0
     deadline_s: float = 0.0
+    ends: Mapping[str, Tensor] = field(default_factory=dict)
+    ends_version: int | None = None
 
     @property
     def rows(self) -> int:
@@ -102,6 +107,7 @@ class AnswerMessage:
     """What came of a step: an activation or a gradient (B, T, D), norms of gradients, or an error.
 
     `norms` are one a weight of the trunk's adapter, in the model's order; -1 where there is no gradient.
+    `ends` are the adapters of bottom and top, where the run trains them, at the version in `versions`.
     """
 
     key: StepKey
@@ -112,6 +118,7 @@ class AnswerMessage:
     norms: Tensor | None = None
     stepped: bool = False
     merged: Merged | None = None
+    ends: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from splitlearn.vocabulary import (
     LoraSettings,
     OptimizerSettings,
     RunSettings,
+    ShareSettings,
     TapeSettings,
 )
 from splitlearn.wire.generated import splitlearn_pb2 as pb
@@ -39,6 +40,7 @@ def open_run_to_proto(open: OpenRun, client: bytes) -> pb.OpenRunRequest:
         start_from=open.start_from,
         cohort=cohort_to_proto(settings.cohort),
         member=open.member,
+        share=pb.ShareSettings(rule=settings.share.rule),
     )
 
 
@@ -59,6 +61,7 @@ def open_run_from_proto(proto: pb.OpenRunRequest) -> OpenRun:
             accumulation=proto.accumulation,
             allow_download=proto.allow_download,
             cohort=cohort_from_proto(proto.cohort),
+            share=share_from_proto(proto.share),
         ),
         start_from=proto.start_from,
         member=member_name(proto.member),
@@ -110,6 +113,7 @@ def facts_to_proto(facts: RunFacts) -> pb.RunReply:
         cohort=cohort_to_proto(facts.settings.cohort),
         members=map(_member_to_proto, facts.members),
         member=facts.member,
+        share=pb.ShareSettings(rule=facts.settings.share.rule),
     )
 
 
@@ -128,6 +132,7 @@ def facts_from_proto(proto: pb.RunReply) -> RunFacts:
             seed=proto.seed,
             allow_download=proto.allow_download,
             cohort=cohort_from_proto(proto.cohort),
+            share=share_from_proto(proto.share),
         ),
         checkpoints=tuple(proto.checkpoints),
         bytes_on_disk=proto.bytes_on_disk,
@@ -265,3 +270,8 @@ def cohort_from_proto(proto: pb.CohortSettings) -> CohortSettings:
         weighting=proto.weighting,
         clip_norm=proto.clip_norm,
     )
+
+
+def share_from_proto(proto: pb.ShareSettings) -> ShareSettings:
+    """Without a rule bottoms and tops are personal; which rules there are, the engine knows."""
+    return ShareSettings(proto.rule) if proto.rule else ShareSettings()

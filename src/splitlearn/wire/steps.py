@@ -8,7 +8,7 @@ from torch import Tensor
 from splitlearn.config import WireLimits
 from splitlearn.errors import MessageError
 from splitlearn.vocabulary import Fate, Merged, Phase, Role, StepKey, Timings, Versions
-from splitlearn.wire import step_fields
+from splitlearn.wire import ends, step_fields
 from splitlearn.wire.frames import FrameFormat, decode_frame, write_frame
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.messages import (
@@ -90,6 +90,9 @@ def run_step_to_proto(step: RunStepMessage, format: FrameFormat) -> pb.Step:
         seed=step.seed,
         acked_through=step.acked_through,
     )
+    if step.ends_version is not None:
+        proto.adapter.version = step.ends_version
+    ends.write(proto.ends, step.ends, _ends_sent(step.key.phase), format)
     if step.tensor_BTD is not None:
         write_frame(proto.activation, step.tensor_BTD, _sent(step.key.phase), format)
     _add_sides(proto, step.mask_columns_BT, step.positions_BT, format)
@@ -132,6 +135,8 @@ def run_step_from_proto(
         optimizer=step_fields.optimizer(proto) if key.phase is Phase.OPTIMIZER_STEP else None,
         acked_through=proto.acked_through,
         deadline_s=step_fields.deadline(proto.deadline_s),
+        ends=ends.read(proto.ends, _ends_sent(key.phase), checksum=checksum),
+        ends_version=proto.adapter.version if proto.HasField("adapter") else None,
     )
 
 
@@ -144,6 +149,7 @@ def answer_to_proto(answer: AnswerMessage, format: FrameFormat) -> pb.Answer:
         write_frame(proto.activation, answer.activation_BTD, _sent(answer.key.phase), format)
     if answer.norms is not None:
         write_frame(proto.norms, answer.norms, Role.NORMS, FrameFormat(checksum=format.checksum))
+    ends.write(proto.ends, answer.ends, Role.WEIGHT, format)
     proto.stepped = answer.stepped
     if (merged := answer.merged) is not None:
         fate = FATE_IDS[merged.fate]
@@ -185,6 +191,7 @@ def answer_from_proto(
         norms=_norms(proto, checksum),
         stepped=proto.stepped,
         merged=_merged(proto),
+        ends=ends.read(proto.ends, Role.WEIGHT, checksum=checksum),
     )
 
 
@@ -234,6 +241,10 @@ def close_from_proto(proto: pb.CloseSession) -> CloseMessage:
 def _sent(phase: Phase) -> Role:
     """What a step of this phase, and its answer, carry."""
     return Role.GRADIENT if phase is Phase.BACKWARD else Role.ACTIVATION
+
+
+def _ends_sent(phase: Phase) -> Role:
+    return Role.WEIGHT if phase is Phase.ENDS else Role.GRADIENT
 
 
 def _add_sides(

@@ -189,17 +189,17 @@ def test_a_gradient_from_before_a_lapse_is_not_used_for_the_step_that_begins_ane
     member.lease_until = 0.0
     desk.cohort.tick(1.0)
     with pytest.raises(ContributionLost):
-        desk.cohort.require_underway(member, begun_with)
+        desk.cohort.underway.require_underway(member, begun_with)
     desk.work("a", 1)
     member.contribution.add_once((1, 0), numbers(8), 1.0)
     with pytest.raises(ContributionLost):
         desk.give("b")
     assert member.contribution.is_empty
     with pytest.raises(ContributionLost):
-        desk.cohort.pinned(member, microbatch=1)
-    assert desk.cohort.pinned(member, microbatch=0) is desk.run.current
+        desk.cohort.underway.pinned(member, microbatch=1)
+    assert desk.cohort.underway.pinned(member, microbatch=0) is desk.run.current
     assert not member.contribution.has((1, 0)), "or the gradient that comes now would not be added"
-    desk.cohort.require_underway(member, member.pin())
+    desk.cohort.underway.require_underway(member, member.pin())
 
 
 def test_the_gradients_of_a_round_that_was_closed_meanwhile_are_computed_again_in_sync():

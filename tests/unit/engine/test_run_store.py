@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from splitlearn.engine import checkpoint
-from splitlearn.engine.checkpoint import NOTE, OPTIMIZER, WEIGHTS, RunSnapshot, RunStore
+from splitlearn.engine.checkpoint import OPTIMIZER, WEIGHTS, RunSnapshot, RunStore
+from splitlearn.engine.checkpoint_note import NOTE
 from splitlearn.engine.disk_budget import DiskBudget
 from splitlearn.errors import CheckpointError, ResourceExhausted
 from splitlearn.vocabulary import LoraSettings, OptimizerSettings, Precision, RunSettings, TapeSettings

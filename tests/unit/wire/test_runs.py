@@ -197,7 +197,12 @@ STEPS = {
     ),
     Phase.GRADIENT_NORMS: RunStepMessage(key(Phase.GRADIENT_NORMS), deadline_s=9.0),
     Phase.OPTIMIZER_STEP: RunStepMessage(
-        key(Phase.OPTIMIZER_STEP), optimizer=OptimizerStep(1 / 3, 5e-5 / 7, skip=True)
+        key(Phase.OPTIMIZER_STEP),
+        optimizer=OptimizerStep(1 / 3, 5e-5 / 7, skip=True),
+        ends={"top.lora_A.weight": torch.randn(2, 3)},
+    ),
+    Phase.ENDS: RunStepMessage(
+        key(Phase.ENDS), ends={"top.lora_A.weight": torch.randn(2, 3), "top.lora_magnitude": torch.ones(3)}
     ),
     Phase.EVALUATE: RunStepMessage(
         key(Phase.EVALUATE), torch.randn(2, 3, HIDDEN), mask_columns_BT=MASK, want_input_gradient=False
@@ -221,8 +226,52 @@ def test_every_field_of_a_step_arrives_in_every_phase(phase):
         there, here = getattr(arrived, tensor), getattr(step, tensor)
         assert (there is None) == (here is None)
         assert here is None or (torch.equal(there, here) and there.dtype == here.dtype)
-    for plain in ("key", "want_input_gradient", "loss_scale", "seed", "optimizer", "deadline_s"):
+    assert arrived.ends.keys() == step.ends.keys()
+    assert all(torch.equal(arrived.ends[name], each) for name, each in step.ends.items())
+    for plain in (
+        "ends_version",
+        "key",
+        "want_input_gradient",
+        "loss_scale",
+        "seed",
+        "optimizer",
+        "deadline_s",
+    ):
         assert getattr(arrived, plain) == getattr(step, plain)
+
+
+END = "top.lora_A.weight"
+WRONG_ENDS = {
+    "another name": ({"top.weight": torch.ones(2)}, MessageError),
+    "a path for a name": ({"../lora_A": torch.ones(2)}, MessageError),
+    "half precision": ({END: torch.ones(2, 2).half()}, FrameError),
+    "whole numbers": ({END: torch.ones(2, 2, dtype=torch.int32)}, FrameError),
+    "three dimensions": ({END: torch.ones(2, 2, 2)}, FrameError),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_ENDS)
+def test_ends_that_no_adapter_has_are_refused(case):
+    ends, error = WRONG_ENDS[case]
+    with pytest.raises(error):
+        received(sent(RunStepMessage(key(Phase.ENDS), ends=ends)))
+
+
+def test_an_end_that_comes_twice_or_as_a_gradient_in_a_weights_place_is_refused():
+    twice = sent(RunStepMessage(key(Phase.ENDS), ends={END: torch.ones(2)}))
+    twice.ends.add().CopyFrom(twice.ends[0])
+    with pytest.raises(MessageError, match="twice"):
+        received(twice)
+    gradient = sent(RunStepMessage(key(Phase.OPTIMIZER_STEP), ends={END: torch.ones(2)}))
+    gradient.key.phase = pb.ENDS
+    with pytest.raises(FrameError, match="gradient"):
+        received(gradient)
+
+
+def test_version_0_of_the_ends_is_told_from_none():
+    for version in (None, 0, 7):
+        step = RunStepMessage(key(Phase.FORWARD), torch.randn(1, 2, HIDDEN), ends_version=version)
+        assert received(sent(step)).ends_version == version
 
 
 def test_an_optimizer_step_that_says_nothing_does_not_arrive_as_one_of_scale_0():

@@ -43,6 +43,7 @@ class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     GRADIENT_NORMS: _ClassVar[Phase]
     OPTIMIZER_STEP: _ClassVar[Phase]
     EVALUATE: _ClassVar[Phase]
+    ENDS: _ClassVar[Phase]
 
 class Fate(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -114,6 +115,7 @@ BACKWARD: Phase
 GRADIENT_NORMS: Phase
 OPTIMIZER_STEP: Phase
 EVALUATE: Phase
+ENDS: Phase
 FATE_UNSPECIFIED: Fate
 MERGED: Fate
 KEPT: Fate
@@ -231,7 +233,7 @@ class OpenSession(_message.Message):
     def __init__(self, adapter: _Optional[_Union[AdapterVersion, _Mapping]] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("key", "activation", "open", "acked_through", "mask_columns", "positions", "keep_positions", "select_rows", "deadline_s", "priority", "trace_id", "want_input_gradient", "loss_scale", "weight", "adapter", "segment_ids", "seed", "optimizer")
+    __slots__ = ("key", "activation", "open", "acked_through", "mask_columns", "positions", "keep_positions", "select_rows", "deadline_s", "priority", "trace_id", "want_input_gradient", "loss_scale", "weight", "adapter", "segment_ids", "seed", "optimizer", "ends")
     KEY_FIELD_NUMBER: _ClassVar[int]
     ACTIVATION_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
@@ -250,6 +252,7 @@ class Step(_message.Message):
     SEGMENT_IDS_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    ENDS_FIELD_NUMBER: _ClassVar[int]
     key: StepKey
     activation: Frame
     open: OpenSession
@@ -268,7 +271,8 @@ class Step(_message.Message):
     segment_ids: Frame
     seed: int
     optimizer: OptimizerStep
-    def __init__(self, key: _Optional[_Union[StepKey, _Mapping]] = ..., activation: _Optional[_Union[Frame, _Mapping]] = ..., open: _Optional[_Union[OpenSession, _Mapping]] = ..., acked_through: _Optional[int] = ..., mask_columns: _Optional[_Union[Frame, _Mapping]] = ..., positions: _Optional[_Union[Frame, _Mapping]] = ..., keep_positions: _Optional[int] = ..., select_rows: _Optional[_Iterable[int]] = ..., deadline_s: _Optional[float] = ..., priority: _Optional[int] = ..., trace_id: _Optional[bytes] = ..., want_input_gradient: bool = ..., loss_scale: _Optional[float] = ..., weight: _Optional[float] = ..., adapter: _Optional[_Union[AdapterVersion, _Mapping]] = ..., segment_ids: _Optional[_Union[Frame, _Mapping]] = ..., seed: _Optional[int] = ..., optimizer: _Optional[_Union[OptimizerStep, _Mapping]] = ...) -> None: ...
+    ends: _containers.RepeatedCompositeFieldContainer[Frame]
+    def __init__(self, key: _Optional[_Union[StepKey, _Mapping]] = ..., activation: _Optional[_Union[Frame, _Mapping]] = ..., open: _Optional[_Union[OpenSession, _Mapping]] = ..., acked_through: _Optional[int] = ..., mask_columns: _Optional[_Union[Frame, _Mapping]] = ..., positions: _Optional[_Union[Frame, _Mapping]] = ..., keep_positions: _Optional[int] = ..., select_rows: _Optional[_Iterable[int]] = ..., deadline_s: _Optional[float] = ..., priority: _Optional[int] = ..., trace_id: _Optional[bytes] = ..., want_input_gradient: bool = ..., loss_scale: _Optional[float] = ..., weight: _Optional[float] = ..., adapter: _Optional[_Union[AdapterVersion, _Mapping]] = ..., segment_ids: _Optional[_Union[Frame, _Mapping]] = ..., seed: _Optional[int] = ..., optimizer: _Optional[_Union[OptimizerStep, _Mapping]] = ..., ends: _Optional[_Iterable[_Union[Frame, _Mapping]]] = ...) -> None: ...
 
 class OptimizerStep(_message.Message):
     __slots__ = ("gradient_scale", "learning_rate", "skip")
@@ -311,7 +315,7 @@ class Timings(_message.Message):
     def __init__(self, queued_us: _Optional[int] = ..., device_us: _Optional[int] = ..., copied_us: _Optional[int] = ...) -> None: ...
 
 class Answer(_message.Message):
-    __slots__ = ("key", "activation", "timings", "adapter", "norms", "error", "stepped", "merged")
+    __slots__ = ("key", "activation", "timings", "adapter", "norms", "error", "stepped", "merged", "ends")
     KEY_FIELD_NUMBER: _ClassVar[int]
     ACTIVATION_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
@@ -320,6 +324,7 @@ class Answer(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     STEPPED_FIELD_NUMBER: _ClassVar[int]
     MERGED_FIELD_NUMBER: _ClassVar[int]
+    ENDS_FIELD_NUMBER: _ClassVar[int]
     key: StepKey
     activation: Frame
     timings: Timings
@@ -328,7 +333,8 @@ class Answer(_message.Message):
     error: Error
     stepped: bool
     merged: Merged
-    def __init__(self, key: _Optional[_Union[StepKey, _Mapping]] = ..., activation: _Optional[_Union[Frame, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., adapter: _Optional[_Union[AdapterVersion, _Mapping]] = ..., norms: _Optional[_Union[Frame, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., stepped: bool = ..., merged: _Optional[_Union[Merged, _Mapping]] = ...) -> None: ...
+    ends: _containers.RepeatedCompositeFieldContainer[Frame]
+    def __init__(self, key: _Optional[_Union[StepKey, _Mapping]] = ..., activation: _Optional[_Union[Frame, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., adapter: _Optional[_Union[AdapterVersion, _Mapping]] = ..., norms: _Optional[_Union[Frame, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., stepped: bool = ..., merged: _Optional[_Union[Merged, _Mapping]] = ..., ends: _Optional[_Iterable[_Union[Frame, _Mapping]]] = ...) -> None: ...
 
 class Merged(_message.Message):
     __slots__ = ("fate", "round", "staleness", "members")
@@ -625,6 +631,12 @@ class CohortSettings(_message.Message):
     clip_norm: float
     def __init__(self, rule: _Optional[str] = ..., members: _Optional[int] = ..., quorum: _Optional[int] = ..., timeout_s: _Optional[float] = ..., buffer: _Optional[int] = ..., staleness_exponent: _Optional[float] = ..., staleness_limit: _Optional[int] = ..., carry_late: bool = ..., age_limit_s: _Optional[float] = ..., weighting: _Optional[str] = ..., clip_norm: _Optional[float] = ...) -> None: ...
 
+class ShareSettings(_message.Message):
+    __slots__ = ("rule",)
+    RULE_FIELD_NUMBER: _ClassVar[int]
+    rule: str
+    def __init__(self, rule: _Optional[str] = ...) -> None: ...
+
 class TapeSettings(_message.Message):
     __slots__ = ("recompute", "checkpoint_every", "lease_s")
     RECOMPUTE_FIELD_NUMBER: _ClassVar[int]
@@ -636,7 +648,7 @@ class TapeSettings(_message.Message):
     def __init__(self, recompute: bool = ..., checkpoint_every: _Optional[int] = ..., lease_s: _Optional[float] = ...) -> None: ...
 
 class OpenRunRequest(_message.Message):
-    __slots__ = ("name", "client", "lora", "optimizer", "cohort", "tape", "precision", "seed", "accumulation", "allow_download", "start_from", "member")
+    __slots__ = ("name", "client", "lora", "optimizer", "cohort", "tape", "precision", "seed", "accumulation", "allow_download", "start_from", "member", "share")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     LORA_FIELD_NUMBER: _ClassVar[int]
@@ -649,6 +661,7 @@ class OpenRunRequest(_message.Message):
     ALLOW_DOWNLOAD_FIELD_NUMBER: _ClassVar[int]
     START_FROM_FIELD_NUMBER: _ClassVar[int]
     MEMBER_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
     name: str
     client: bytes
     lora: LoraSettings
@@ -661,7 +674,8 @@ class OpenRunRequest(_message.Message):
     allow_download: bool
     start_from: str
     member: str
-    def __init__(self, name: _Optional[str] = ..., client: _Optional[bytes] = ..., lora: _Optional[_Union[LoraSettings, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSettings, _Mapping]] = ..., cohort: _Optional[_Union[CohortSettings, _Mapping]] = ..., tape: _Optional[_Union[TapeSettings, _Mapping]] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ..., seed: _Optional[int] = ..., accumulation: _Optional[int] = ..., allow_download: bool = ..., start_from: _Optional[str] = ..., member: _Optional[str] = ...) -> None: ...
+    share: ShareSettings
+    def __init__(self, name: _Optional[str] = ..., client: _Optional[bytes] = ..., lora: _Optional[_Union[LoraSettings, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSettings, _Mapping]] = ..., cohort: _Optional[_Union[CohortSettings, _Mapping]] = ..., tape: _Optional[_Union[TapeSettings, _Mapping]] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ..., seed: _Optional[int] = ..., accumulation: _Optional[int] = ..., allow_download: bool = ..., start_from: _Optional[str] = ..., member: _Optional[str] = ..., share: _Optional[_Union[ShareSettings, _Mapping]] = ...) -> None: ...
 
 class JoinRunRequest(_message.Message):
     __slots__ = ("name", "client", "incarnation", "member")
@@ -730,7 +744,7 @@ class Member(_message.Message):
     def __init__(self, incarnation: _Optional[int] = ..., state: _Optional[str] = ..., last_step: _Optional[int] = ..., lease_left_s: _Optional[float] = ..., name: _Optional[str] = ..., staleness: _Optional[int] = ...) -> None: ...
 
 class RunReply(_message.Message):
-    __slots__ = ("name", "run", "state", "step", "version", "incarnation", "members", "checkpoints", "lora", "optimizer", "cohort", "bytes_on_disk", "precision", "seed", "allow_download", "checkpoint_digests", "member")
+    __slots__ = ("name", "run", "state", "step", "version", "incarnation", "members", "checkpoints", "lora", "optimizer", "cohort", "bytes_on_disk", "precision", "seed", "allow_download", "checkpoint_digests", "member", "share")
     NAME_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -748,6 +762,7 @@ class RunReply(_message.Message):
     ALLOW_DOWNLOAD_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_DIGESTS_FIELD_NUMBER: _ClassVar[int]
     MEMBER_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
     name: str
     run: int
     state: str
@@ -765,7 +780,8 @@ class RunReply(_message.Message):
     allow_download: bool
     checkpoint_digests: _containers.RepeatedScalarFieldContainer[int]
     member: str
-    def __init__(self, name: _Optional[str] = ..., run: _Optional[int] = ..., state: _Optional[str] = ..., step: _Optional[int] = ..., version: _Optional[int] = ..., incarnation: _Optional[int] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[int]] = ..., lora: _Optional[_Union[LoraSettings, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSettings, _Mapping]] = ..., cohort: _Optional[_Union[CohortSettings, _Mapping]] = ..., bytes_on_disk: _Optional[int] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ..., seed: _Optional[int] = ..., allow_download: bool = ..., checkpoint_digests: _Optional[_Iterable[int]] = ..., member: _Optional[str] = ...) -> None: ...
+    share: ShareSettings
+    def __init__(self, name: _Optional[str] = ..., run: _Optional[int] = ..., state: _Optional[str] = ..., step: _Optional[int] = ..., version: _Optional[int] = ..., incarnation: _Optional[int] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[int]] = ..., lora: _Optional[_Union[LoraSettings, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSettings, _Mapping]] = ..., cohort: _Optional[_Union[CohortSettings, _Mapping]] = ..., bytes_on_disk: _Optional[int] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ..., seed: _Optional[int] = ..., allow_download: bool = ..., checkpoint_digests: _Optional[_Iterable[int]] = ..., member: _Optional[str] = ..., share: _Optional[_Union[ShareSettings, _Mapping]] = ...) -> None: ...
 
 class ListRunsRequest(_message.Message):
     __slots__ = ("client",)
