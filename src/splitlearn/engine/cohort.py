@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from splitlearn.engine import round as rounds
+from splitlearn.engine.aggregations import aggregation_of
 from splitlearn.engine.contribution import Gradients
 from splitlearn.engine.failures import explained
 from splitlearn.engine.ledger import Ledger
@@ -50,6 +51,8 @@ class Cohort:
         self.ledger = Ledger(run.name, listener)
         self._run, self._settings = run, run.settings.cohort
         self._rule = rule_of(self._settings)
+        self._least = aggregation_of(self._settings).least
+        self._held = 0
         self._lease_s = lease_s
         self._changed = changed
         self._waiting: list[Offer] = []
@@ -267,7 +270,7 @@ class Cohort:
 
     def _go_on(self) -> None:
         """Close what can be closed, and have what is new kept."""
-        while self._waiting and self._rule.closes(self._open_round):
+        while self._waiting and self._may_close(self._open_round):
             waiting, self._waiting = self._waiting, []
             try:
                 closed = rounds.close(self._run, waiting)
@@ -283,6 +286,16 @@ class Cohort:
             self.kept(self.ledger.count)
         elif self.ledger.kept < self.ledger.count:
             self._changed()
+
+    def _may_close(self, open: OpenRound) -> bool:
+        if not self._rule.closes(open):
+            return False
+        if (members := len(open.arrived)) >= self._least:
+            return True
+        if self._held != (round := self._run.step + 1):
+            self._held = round
+            self.ledger.add(events.Held(round, members, self._least))
+        return False
 
     def _settle(self, member: Member, step: int, event: events.Event | None, merged: Merged | None) -> None:
         if event is not None:
@@ -333,6 +346,8 @@ class Cohort:
         open = self._open_round
         whom = ", ".join(sorted(set(open.awaited) - set(open.arrived)))
         until = "" if open.is_complete else f" until {self._settings.members} members have joined"
+        if open.is_complete and len(open.arrived) < self._least:
+            until = f" until {self._least} members have given, which {self._settings.aggregation} needs"
         return (
             f"round {self._run.step + 1} of run {self._run.name} still waits"
             f"{' for ' * bool(whom)}{whom}{until}: ask again"
