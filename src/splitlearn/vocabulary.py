@@ -164,7 +164,8 @@ class CohortSettings:
             smallest and largest; each member has one vote.
         "krum": the one gradient with the most others near it, where up to `byzantine` members lie.
     A round waits for more members where too few have given for so many `byzantine` ones. `max_weight` is
-    what a member's stated weight counts at most (0 is no limit).
+    what a member's stated weight counts at most, `max_rate` the learning rate that a round has at most,
+    whatever its members state (0 is no limit).
     """
 
     rule: str = PRIVATE
@@ -182,6 +183,7 @@ class CohortSettings:
     member_norm: float = 0.0
     byzantine: int = 0
     max_weight: float = 0.0
+    max_rate: float = 0.0
 
     @property
     def is_private(self) -> bool:

@@ -242,6 +242,7 @@ def cohort_to_proto(cohort: CohortSettings) -> pb.CohortSettings:
         member_norm=cohort.member_norm,
         byzantine=cohort.byzantine,
         max_weight=cohort.max_weight,
+        max_rate=cohort.max_rate,
     )
 
 
@@ -260,6 +261,7 @@ def cohort_from_proto(proto: pb.CohortSettings) -> CohortSettings:
         proto.clip_norm,
         proto.member_norm,
         proto.max_weight,
+        proto.max_rate,
     )
     if not all(math.isfinite(figure) and figure >= 0 for figure in figures):
         raise MessageError("a cohort's settings are finite numbers, none of them below 0")
@@ -279,4 +281,5 @@ def cohort_from_proto(proto: pb.CohortSettings) -> CohortSettings:
         member_norm=proto.member_norm,
         byzantine=proto.byzantine,
         max_weight=proto.max_weight,
+        max_rate=proto.max_rate,
     )

@@ -54,13 +54,23 @@ def require_known(settings: CohortSettings) -> None:
             )
     if aggregation.is_a_vote:
         _require_votes(settings, aggregation.least)
+    _require_rate(settings)
+
+
+def _require_rate(settings: CohortSettings) -> None:
+    is_one_of_many = settings.rule in ONE_VOTE_EACH
+    if settings.aggregation == "norm_clip" and not is_one_of_many and not settings.max_rate:
+        raise SettingError(
+            f"in {settings.rule} one member alone may state a round's learning rate, which makes long steps of "
+            "short gradients: set max_rate= to the highest rate that members use"
+        )
 
 
 def _require_votes(settings: CohortSettings, least: int) -> None:
     if settings.rule not in ONE_VOTE_EACH:
         raise SettingError(
             f"{settings.aggregation} gives each member one vote a round, {settings.rule} does not: use rule "
-            "'sync', or 'quorum' (with carry_late=True and timeout_s=0 nobody waits for who comes after enough)"
+            "'sync', or 'quorum' (with carry_late=True and timeout_s=0 nobody waits for more than enough)"
         )
     figure = "members" if settings.rule == "sync" else "quorum"
     if getattr(settings, figure) < least:
@@ -85,8 +95,11 @@ def shares(settings: CohortSettings, weights: Sequence[float], staleness: Sequen
 def learning_rate(settings: CohortSettings, rates: Sequence[float], weights: Sequence[float]) -> float:
     """The round's: as `merge.learning_rate` under the plain mean, else the lower median of the members'.
 
-    A member states its own rate, and a mean of them would let one member scale everybody's step.
+    A member states its own rate, and a mean of them would let one member scale everybody's step. At most
+    `max_rate`, where one is set.
     """
     if settings.aggregation == "mean":
-        return merge.learning_rate(rates, weights)
-    return sorted(rates)[(len(rates) - 1) // 2]
+        rate = merge.learning_rate(rates, weights)
+    else:
+        rate = sorted(rates)[(len(rates) - 1) // 2]
+    return min(rate, settings.max_rate or rate)
