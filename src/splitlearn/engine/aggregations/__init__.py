@@ -61,7 +61,7 @@ def _require_rate(settings: CohortSettings) -> None:
     is_one_of_many = settings.rule in ONE_VOTE_EACH
     if settings.aggregation == "norm_clip" and not is_one_of_many and not settings.max_rate:
         raise SettingError(
-            f"in {settings.rule} one member alone may state a round's learning rate, which makes long steps of "
+            f"in {settings.rule} one member alone states a round's learning rate, which makes long steps of "
             "short gradients: set max_rate= to the highest rate that members use"
         )
 

@@ -50,9 +50,9 @@ class Krum:
 def squared_distances(each: Sequence[Gradients]) -> Tensor:
     """Of each two members' gradients (N, N), float64; added up weight by weight."""
     total = torch.zeros(len(each), len(each), dtype=torch.float64)
-    for rows in weights(each):
-        if rows is not None:
-            total += _squared_distances(rows.flatten(start_dim=1)).cpu()
+    for there in weights(each):
+        if there is not None:
+            total += _squared_distances(torch.stack(there).flatten(start_dim=1)).cpu()
     return total
 
 
