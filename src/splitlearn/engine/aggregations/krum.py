@@ -48,7 +48,7 @@ class Krum:
 
 
 def squared_distances(each: Sequence[Gradients]) -> Tensor:
-    """Of each two members' gradients (N, N), float64; added up weight by weight."""
+    """Of each two members' gradients (N, N), added up in float64 weight by weight."""
     total = torch.zeros(len(each), len(each), dtype=torch.float64)
     for there in weights(each):
         if there is not None:
@@ -59,6 +59,7 @@ def squared_distances(each: Sequence[Gradients]) -> Tensor:
 def _squared_distances(rows: Tensor) -> Tensor:
     apart = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
     for place in range(len(rows) - 1):
-        norms = torch.linalg.vector_norm(rows[place + 1 :] - rows[place], dim=1, dtype=torch.float64)
-        apart[place, place + 1 :] = norms.square()
+        # Of weights beyond a norm of 1e19 it is infinite, and such a member is never chosen.
+        norms = torch.linalg.vector_norm(rows[place + 1 :] - rows[place], dim=1)
+        apart[place, place + 1 :] = norms.double().square()
     return apart + apart.T
