@@ -13,6 +13,7 @@ from torch import Tensor
 
 from splitlearn import AutoSplitModelForCausalLM, CohortSettings, TrunkServer
 from splitlearn.client.training import plan_run
+from splitlearn.engine.ledger import read, rounds
 from splitlearn.errors import SettingError
 from splitlearn.testing import lively_model, tiny_whole
 from splitlearn.vocabulary import OptimizerSettings
@@ -109,6 +110,16 @@ def losses(server: TrunkServer, scale: float = ENORMOUS, **how: Any) -> tuple[fl
 def test_a_cohort_that_expects_a_false_member_learns_beside_it(server, aggregation):
     before, after = losses(server, aggregation=aggregation, byzantine=1)
     assert after < before - 0.03
+
+
+def test_the_ledger_on_the_disk_names_whose_gradients_were_cut_short(server):
+    losses(server, aggregation="norm_clip", member_norm=0.5)
+    closed = list(rounds(read(server._hall.runs.ledger("norm_clip-1e06"))))
+    assert len(closed) == ROUNDS
+    for each in closed:
+        through = {part.member: part.let_through for part in each.parts}
+        assert through.pop(f"m{FALSE}") < 1e-4
+        assert min(through.values()) > 0.1
 
 
 def test_the_mean_of_such_a_cohort_forgets_what_the_model_knew(server):
