@@ -103,9 +103,15 @@ class LoraSettings:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
 
+SERVER_OPTIMIZERS = ("fedadam", "fedyogi")
+"""The trunk's alone: no library has them for a whole model."""
+
+
 @dataclass(frozen=True, slots=True)
 class OptimizerSettings:
     """torch's optimizer by the name that `TrainingArguments(optim=...)` has for it, and its constants.
+
+    Or one of `SERVER_OPTIMIZERS` (Reddi et al. 2021); theirs are best with `beta2` 0.99 and `epsilon` 1e-3.
 
     The learning rate is that of the first step; each step may bring another one.
     """
@@ -151,6 +157,16 @@ class CohortSettings:
     `staleness_limit` or after `age_limit_s` seconds (0 is no limit). `weighting` is what a member's mean
     gradient is weighted by: "tokens", "examples" or "equal". `clip_norm` is the 2-norm that the merged
     gradient of the trunk may have (0 does not clip).
+
+    `aggregation` is how a round's gradients become one:
+        "mean": weighted; any member can move it anywhere.
+        "norm_clip": each member's clipped to the 2-norm `member_norm`, then the mean.
+        "median", "trimmed_mean": of each coordinate the middle value, or the mean without the `byzantine`
+            smallest and largest; each member has one vote.
+        "krum": the one gradient with the most others near it, where up to `byzantine` members lie.
+    A round waits for more members where too few have given for so many `byzantine` ones. `max_weight` is
+    what a member's stated weight counts at most, `max_rate` the learning rate that a round has at most,
+    whatever its members state (0 is no limit).
     """
 
     rule: str = PRIVATE
@@ -164,6 +180,11 @@ class CohortSettings:
     age_limit_s: float = 0.0
     weighting: str = "tokens"
     clip_norm: float = 0.0
+    aggregation: str = "mean"
+    member_norm: float = 0.0
+    byzantine: int = 0
+    max_weight: float = 0.0
+    max_rate: float = 0.0
 
     @property
     def is_private(self) -> bool:

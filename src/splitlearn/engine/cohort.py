@@ -13,6 +13,7 @@ from torch import Tensor
 from splitlearn.config import GIB
 from splitlearn.engine import round as rounds
 from splitlearn.engine import shared_ends
+from splitlearn.engine.aggregations import aggregation_of
 from splitlearn.engine.contribution import Gradients
 from splitlearn.engine.failures import explained
 from splitlearn.engine.ledger import Ledger
@@ -56,6 +57,8 @@ class Cohort(Roster):
         super().__init__(run, lease_s, Ledger(run.name, listener))
         self._settings = run.settings.cohort
         self._rule = rule_of(self._settings)
+        self._least = aggregation_of(self._settings).least
+        self._held = 0
         self._changed = changed
         self._waiting: list[Offer] = []
         self._open_since = 0.0
@@ -220,7 +223,7 @@ class Cohort(Roster):
 
     def _go_on(self) -> None:
         """Close what can be closed, and have what is new kept."""
-        while self._waiting and self._rule.closes(self._open_round):
+        while self._waiting and self._may_close(self._open_round):
             waiting, self._waiting = self._waiting, []
             try:
                 closed = rounds.close(self._run, waiting)
@@ -236,6 +239,16 @@ class Cohort(Roster):
             self.kept(self.ledger.count)
         elif self.ledger.kept < self.ledger.count:
             self._changed()
+
+    def _may_close(self, open: OpenRound) -> bool:
+        if not self._rule.closes(open):
+            return False
+        if (members := len(open.arrived)) >= self._least:
+            return True
+        if self._held != (round := self._run.step + 1):
+            self._held = round
+            self.ledger.add(events.Held(round, members, self._least))
+        return False
 
     def _settle(self, member: Member, step: int, event: events.Event | None, merged: Merged | None) -> None:
         if event is not None:
@@ -283,6 +296,8 @@ class Cohort(Roster):
         open = self._open_round
         whom = ", ".join(sorted(set(open.awaited) - set(open.arrived)))
         until = "" if open.is_complete else f" until {self._settings.members} members have joined"
+        if open.is_complete and len(open.arrived) < self._least:
+            until = f" until {self._least} members have given, which {self._settings.aggregation} needs"
         return (
             f"round {self._run.step + 1} of run {self._run.name} still waits"
             f"{' for ' * bool(whom)}{whom}{until}: ask again"

@@ -39,15 +39,22 @@ def clip(gradients: Gradients, max_norm: float) -> tuple[Gradients, float, float
     Returns:
         The gradients, their norm before, and what they were multiplied by.
     """
+    before = norm(gradients)
+    if not max_norm or not before:
+        return gradients, before, 1.0
+    scale = clip_scale(before, max_norm)
+    return [None if gradient is None else gradient * scale for gradient in gradients], before, scale
+
+
+def norm(gradients: Gradients) -> float:
+    """The common 2-norm of all that are there."""
     there = [gradient for gradient in gradients if gradient is not None]
-    if not there:
-        return gradients, 0.0, 1.0
-    norm = torch.nn.utils.get_total_norm(there)
-    if not max_norm:
-        return gradients, float(norm), 1.0
-    scale = torch.clamp(max_norm / (norm + CLIP_EPSILON), max=1.0)
-    clipped = [None if gradient is None else gradient * scale for gradient in gradients]
-    return clipped, float(norm), float(scale)
+    return float(torch.nn.utils.get_total_norm(there)) if there else 0.0
+
+
+def clip_scale(norm: float, max_norm: float) -> float:
+    """What clipping multiplies gradients of this norm by: in float32, as torch computes it."""
+    return float(torch.clamp(max_norm / (torch.tensor(norm) + CLIP_EPSILON), max=1.0))
 
 
 def learning_rate(rates: Sequence[float], weights: Sequence[float]) -> float:

@@ -1,4 +1,4 @@
-"""The trunk's optimizer: torch's own, over a run's float32 weights, by the names that the library has."""
+"""The trunk's optimizer, over a run's float32 weights: torch's by the library's names, or a server's own."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from splitlearn.engine.adaptive import Adaptive, FedAdam, FedYogi
 from splitlearn.errors import SettingError
 from splitlearn.vocabulary import OptimizerSettings
 
 
 def build(settings: OptimizerSettings, weights: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """The same optimizer that `TrainingArguments(optim=settings.name)` builds on a whole model."""
+    """What `TrainingArguments(optim=settings.name)` builds on a whole model; or a server's own optimizer."""
     require_known(settings)
     return BUILDERS[settings.name](settings, weights)
 
@@ -28,7 +29,7 @@ def require_known(settings: OptimizerSettings) -> None:
     try:
         BUILDERS[settings.name](settings, [torch.zeros(1, requires_grad=True)])
     except ValueError as error:
-        raise SettingError(f"torch refuses {settings}: {error}") from None
+        raise SettingError(f"{settings.name} refuses {settings}: {error}") from None
 
 
 def state_bytes(settings: OptimizerSettings, weight_bytes: int) -> int:
@@ -58,8 +59,22 @@ def _sgd(settings: OptimizerSettings, weights: Sequence[Tensor]) -> torch.optim.
     )
 
 
+def _adaptive(
+    kind: type[Adaptive], settings: OptimizerSettings, weights: Sequence[Tensor]
+) -> torch.optim.Optimizer:
+    return kind(
+        weights,
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        epsilon=settings.epsilon,
+        weight_decay=settings.weight_decay,
+    )
+
+
 BUILDERS: Mapping[str, Callable[[OptimizerSettings, Sequence[Tensor]], torch.optim.Optimizer]] = {
     "adamw_torch": _adamw,
     "adamw_torch_fused": partial(_adamw, fused=True),
     "sgd": _sgd,
+    "fedadam": partial(_adaptive, FedAdam),
+    "fedyogi": partial(_adaptive, FedYogi),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from splitlearn.engine import merge
+from splitlearn.engine import aggregations, merge
 from splitlearn.engine.offers import Offer
 from splitlearn.monitor.events import Part, RoundClosed
 
@@ -25,13 +25,14 @@ def close(run: Run, waiting: Sequence[Offer]) -> RoundClosed:
     offers = sorted(waiting, key=lambda each: (each.member, each.step))
     staleness = [run.version - each.version for each in offers]
     weights = [each.weight for each in offers]
-    factors = merge.coefficients(weights, staleness, settings.staleness_exponent)
-    rate = merge.learning_rate([each.learning_rate for each in offers], weights)
-    merged = merge.weighted_sum([each.gradients for each in offers], factors)
+    shares = aggregations.shares(settings, weights, staleness)
+    rate = aggregations.learning_rate(settings, [each.learning_rate for each in offers], weights)
+    aggregation = aggregations.aggregation_of(settings)
+    merged, let_through = aggregation.merge([each.gradients for each in offers], shares)
     merged, norm, clip_scale = merge.clip(merged, settings.clip_norm)
     run.step_with(merged, rate)
     parts = tuple(
-        Part(each.member, each.incarnation, each.step, each.version, each.weight, each.scale, factor, s)
-        for each, factor, s in zip(offers, factors, staleness, strict=True)
+        Part(each.member, each.incarnation, each.step, each.version, each.weight, each.scale, share, s, let)
+        for each, share, s, let in zip(offers, shares, staleness, let_through, strict=True)
     )
     return RoundClosed(run.step, run.version, rate, norm, clip_scale, parts)

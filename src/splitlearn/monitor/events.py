@@ -84,7 +84,11 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One member's gradients in a round: computed at `version`, times `scale`, then times `coefficient`."""
+    """One member's gradients in a round: computed at `version`, times `scale`.
+
+    They were given to the cohort's aggregation with the share `coefficient`; it let so much of them through:
+    1 all, 0 nothing.
+    """
 
     member: str
     incarnation: int
@@ -94,6 +98,7 @@ class Part:
     scale: float
     coefficient: float
     staleness: int
+    let_through: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +117,17 @@ class RoundClosed:
     parts: tuple[Part, ...]
 
 
-Event = Joined | Lapsed | Returned | Left | Skipped | Dropped | Refused | Kept | RoundClosed
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A round could be closed, but too few members gave to it for its aggregation: it waits for more."""
+
+    kind: ClassVar[str] = "held"
+    round: int
+    members: int
+    least: int
+
+
+Event = Joined | Lapsed | Returned | Left | Skipped | Dropped | Refused | Kept | RoundClosed | Held
 Listener = Callable[[str, Event], None]
 """Is told the run's name and what happened; on the engine's thread, so it returns at once."""
 KINDS: dict[str, type[Any]] = {each.kind: each for each in get_args(Event)}

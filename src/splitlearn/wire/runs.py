@@ -243,6 +243,11 @@ def cohort_to_proto(cohort: CohortSettings) -> pb.CohortSettings:
         age_limit_s=cohort.age_limit_s,
         weighting=cohort.weighting,
         clip_norm=cohort.clip_norm,
+        aggregation=cohort.aggregation,
+        member_norm=cohort.member_norm,
+        byzantine=cohort.byzantine,
+        max_weight=cohort.max_weight,
+        max_rate=cohort.max_rate,
     )
 
 
@@ -254,7 +259,15 @@ def cohort_from_proto(proto: pb.CohortSettings) -> CohortSettings:
     """
     if not proto.rule:
         return CohortSettings()
-    figures = (proto.timeout_s, proto.staleness_exponent, proto.age_limit_s, proto.clip_norm)
+    figures = (
+        proto.timeout_s,
+        proto.staleness_exponent,
+        proto.age_limit_s,
+        proto.clip_norm,
+        proto.member_norm,
+        proto.max_weight,
+        proto.max_rate,
+    )
     if not all(math.isfinite(figure) and figure >= 0 for figure in figures):
         raise MessageError("a cohort's settings are finite numbers, none of them below 0")
     return CohortSettings(
@@ -269,6 +282,11 @@ def cohort_from_proto(proto: pb.CohortSettings) -> CohortSettings:
         age_limit_s=proto.age_limit_s,
         weighting=proto.weighting,
         clip_norm=proto.clip_norm,
+        aggregation=proto.aggregation or "mean",
+        member_norm=proto.member_norm,
+        byzantine=proto.byzantine,
+        max_weight=proto.max_weight,
+        max_rate=proto.max_rate,
     )
 
 

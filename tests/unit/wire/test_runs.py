@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from splitlearn.config import WireLimits
 from splitlearn.errors import CorruptFrame, FrameError, MessageError, SplitLearnError
 from splitlearn.vocabulary import (
+    CohortSettings,
     LoraSettings,
     OptimizerSettings,
     Phase,
@@ -75,6 +76,12 @@ EVERYTHING = OpenRun(
     ),
     start_from="letters",
 )
+COHORT = CohortSettings(
+    "quorum", 9, 7, 1 / 3, True, 4, 0.7, 3, 1e-3, "examples", 1 / 7, "krum", 1e-9, 2, 2**53 - 1.0, 1 / 9
+)
+SHARED = replace(
+    EVERYTHING, name="shared", settings=replace(EVERYTHING.settings, cohort=COHORT), member="ward-3"
+)
 
 # ---------------------------------------------------------------- opening a run
 
@@ -85,12 +92,29 @@ def opened(asked: OpenRun) -> pb.OpenRunRequest:
 
 @pytest.mark.parametrize(
     "asked",
-    [EVERYTHING, OpenRun("a"), OpenRun("bare", RunSettings(lora=LoraSettings(r=0)))],
+    [EVERYTHING, SHARED, OpenRun("a"), OpenRun("bare", RunSettings(lora=LoraSettings(r=0)))],
     ids=lambda a: a.name,
 )
 def test_every_setting_of_a_run_arrives_to_the_last_bit(asked):
     assert open_run_from_proto(opened(asked)) == asked
     assert opened(asked).client == b"client"
+
+
+def test_a_cohort_that_names_no_aggregation_takes_the_mean():
+    older = opened(SHARED)
+    for figure in ("aggregation", "member_norm", "byzantine", "max_weight", "max_rate"):
+        older.cohort.ClearField(figure)
+    mean = replace(COHORT, aggregation="mean", member_norm=0.0, byzantine=0, max_weight=0.0, max_rate=0.0)
+    assert open_run_from_proto(older).settings.cohort == mean
+
+
+@pytest.mark.parametrize("figure", ["clip_norm", "member_norm", "max_weight", "max_rate"])
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+def test_a_cohorts_figures_are_finite_and_none_below_zero(figure, value):
+    wrong = opened(SHARED)
+    setattr(wrong.cohort, figure, value)
+    with pytest.raises(MessageError, match="finite numbers"):
+        open_run_from_proto(wrong)
 
 
 def test_where_a_run_stands_arrives():

@@ -606,7 +606,7 @@ class OptimizerSettings(_message.Message):
     def __init__(self, name: _Optional[str] = ..., learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., beta1: _Optional[float] = ..., beta2: _Optional[float] = ..., epsilon: _Optional[float] = ..., momentum: _Optional[float] = ...) -> None: ...
 
 class CohortSettings(_message.Message):
-    __slots__ = ("rule", "members", "quorum", "timeout_s", "buffer", "staleness_exponent", "staleness_limit", "carry_late", "age_limit_s", "weighting", "clip_norm")
+    __slots__ = ("rule", "members", "quorum", "timeout_s", "buffer", "staleness_exponent", "staleness_limit", "carry_late", "age_limit_s", "weighting", "clip_norm", "aggregation", "member_norm", "byzantine", "max_weight", "max_rate")
     RULE_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
     QUORUM_FIELD_NUMBER: _ClassVar[int]
@@ -618,6 +618,11 @@ class CohortSettings(_message.Message):
     AGE_LIMIT_S_FIELD_NUMBER: _ClassVar[int]
     WEIGHTING_FIELD_NUMBER: _ClassVar[int]
     CLIP_NORM_FIELD_NUMBER: _ClassVar[int]
+    AGGREGATION_FIELD_NUMBER: _ClassVar[int]
+    MEMBER_NORM_FIELD_NUMBER: _ClassVar[int]
+    BYZANTINE_FIELD_NUMBER: _ClassVar[int]
+    MAX_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    MAX_RATE_FIELD_NUMBER: _ClassVar[int]
     rule: str
     members: int
     quorum: int
@@ -629,7 +634,12 @@ class CohortSettings(_message.Message):
     age_limit_s: float
     weighting: str
     clip_norm: float
-    def __init__(self, rule: _Optional[str] = ..., members: _Optional[int] = ..., quorum: _Optional[int] = ..., timeout_s: _Optional[float] = ..., buffer: _Optional[int] = ..., staleness_exponent: _Optional[float] = ..., staleness_limit: _Optional[int] = ..., carry_late: bool = ..., age_limit_s: _Optional[float] = ..., weighting: _Optional[str] = ..., clip_norm: _Optional[float] = ...) -> None: ...
+    aggregation: str
+    member_norm: float
+    byzantine: int
+    max_weight: float
+    max_rate: float
+    def __init__(self, rule: _Optional[str] = ..., members: _Optional[int] = ..., quorum: _Optional[int] = ..., timeout_s: _Optional[float] = ..., buffer: _Optional[int] = ..., staleness_exponent: _Optional[float] = ..., staleness_limit: _Optional[int] = ..., carry_late: bool = ..., age_limit_s: _Optional[float] = ..., weighting: _Optional[str] = ..., clip_norm: _Optional[float] = ..., aggregation: _Optional[str] = ..., member_norm: _Optional[float] = ..., byzantine: _Optional[int] = ..., max_weight: _Optional[float] = ..., max_rate: _Optional[float] = ...) -> None: ...
 
 class ShareSettings(_message.Message):
     __slots__ = ("rule",)
