@@ -103,6 +103,10 @@ class FineTuning:
             self._show(line)
         if self._settings.resume:
             return read_result(self._settings.output)
+        trunk = self._model.trunk
+        if trunk.is_shared:
+            # A member that was killed before its first checkpoint: what counts of it is not given twice.
+            trunk.run.go_on_from(0)
         begun = FineTuned(run=self._model.trunk.run.name, held_out_loss_before=self._held_out_loss("before"))
         self._write(begun)
         return begun

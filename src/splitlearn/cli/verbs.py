@@ -18,6 +18,7 @@ VERBS = {
     "train": "Fine-tune with LoRA; texts and labels stay here.",
     "export": "The adapter that was trained as one PEFT folder, or merged into the model.",
     "runs": "The trainings that a server holds; `--delete` removes one.",
+    "members": "Who trains a run together, and where each of them stands; only members are told.",
     "partition": "Data for the clients of a simulation: one file dealt out, and a picture of who holds what.",
     "plan": "Layers, memory and bytes of a split, before anything runs.",
     "verify": "Show that split and whole give the same, on your own model.",
