@@ -20,6 +20,7 @@ VERBS = {
     "runs": "The trainings that a server holds; `--delete` removes one.",
     "members": "Who trains a run together, and where each of them stands; only members are told.",
     "partition": "Data for the clients of a simulation: one file dealt out, and a picture of who holds what.",
+    "simulate": "A server and many clients on this machine: stragglers, kills and late joiners included.",
     "plan": "Layers, memory and bytes of a split, before anything runs.",
     "verify": "Show that split and whole give the same, on your own model.",
     "bench": "Measure a trunk: steps a second under load, texts by several clients at once.",
