@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import connection, forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from splitlearn.cli.simulation.reports import Activity, Does, Ended, Failed, Lost, Report, Stepped
@@ -113,7 +115,8 @@ class Clients:
         told = (task, theirs, client.log)
         process = self._context.Process(target=be_client, args=told, name=client.name, daemon=True)
         client.activity, client.back_at, client.starts = Activity.STARTING, None, client.starts + 1
-        process.start()
+        with _no_script():
+            process.start()
         theirs.close()
         self._processes[client.number], self._lines[client.number] = process, ours
 
@@ -175,3 +178,14 @@ class Clients:
             process.kill()
             process.join(STOP_S)
         self._lines.pop(number).close()
+
+
+@contextmanager
+def _no_script() -> Iterator[None]:
+    """A process that starts within does not run the user's script again, of which it needs nothing."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
