@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,10 +45,28 @@ class Settings(BaseModel):
 
     def __init__(self, **fields: Any) -> None:
         """Raises SettingError, in one line, for an unknown key or a value out of range."""
-        try:
+        if _within.get():
+            # Whoever checks the whole says where in it this stands.
             super().__init__(**fields)
+            return
+        try:
+            with all_faults():
+                super().__init__(**fields)
         except ValidationError as error:
             raise SettingError(_one_line(error)) from None
+
+
+_within: ContextVar[bool] = ContextVar("within", default=False)
+
+
+@contextmanager
+def all_faults() -> Iterator[None]:
+    """Settings that are made within raise pydantic's ValidationError, which says where each fault stands."""
+    token = _within.set(True)
+    try:
+        yield
+    finally:
+        _within.reset(token)
 
 
 def _one_line(error: ValidationError) -> str:

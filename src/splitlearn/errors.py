@@ -200,6 +200,10 @@ class TrunkFailed(SplitLearnError):
     """The server failed at this step; its log has the cause under the id in the message."""
 
 
+class SimulationFailed(SplitLearnError):
+    """A client of a simulation failed or died unasked, or the simulation took longer than it may."""
+
+
 def first_line(error: BaseException) -> str:
     """What another library's error says, in one line; its kind where it says nothing."""
     return (str(error) or type(error).__name__).splitlines()[0]

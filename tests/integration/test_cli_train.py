@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -254,3 +255,57 @@ def test_nothing_can_be_resumed_where_nothing_was_saved(words, unbroken):
     assert (code, "no whole checkpoint" in line) == (1, True)
     code, line = error_of(*words, "--output", unbroken, "--resume", "--run", "another")
     assert (code, "of run unbroken" in line) == (1, True)
+
+
+def test_two_members_train_one_trunk_and_the_server_tells_them_of_each_other(
+    trunk, model_folder, data, tmp_path
+):
+    lines = data.read_text().splitlines(keepends=True)
+    for member, held in (("a", lines[:8]), ("b", lines[8:])):
+        (tmp_path / f"{member}.jsonl").write_text("".join(held))
+    shared = ["train", model_folder, "--trunk", trunk.address, "--run", "together"]
+    shared += ["--max-steps", 3, "--accumulation", 1, "--max-tokens", 48, "--precision", "float32"]
+    shared += ["--cohort", "sync", "--members", 2, "--clip-norm", 1, "--no-tensorboard"]
+
+    def words_of(member: str) -> list[object]:
+        own = ["--data", tmp_path / f"{member}.jsonl", "--output", tmp_path / member, "--member", member]
+        return [*shared, *own]
+
+    # Each in a process of its own: accelerate's settings are a process's.
+    other = subprocess.Popen([sys.executable, "-m", "splitlearn.cli", *map(str, words_of("a"))])
+    try:
+        code, _, errors = say(*words_of("b"))
+        assert code == 0, errors
+        assert other.wait(WAIT_S) == 0
+    finally:
+        other.kill()
+    ours, theirs = adapter_of(tmp_path / "a"), adapter_of(tmp_path / "b")
+    of_trunk = [name for name in ours if ".layers.2." in name or ".layers.3." in name]
+    assert of_trunk
+    assert all(torch.equal(ours[name], theirs[name]) for name in of_trunk)
+    assert not all(torch.equal(ours[name], theirs[name]) for name in ours), (
+        "bottom and top are each one's own"
+    )
+
+    words = ["members", "together", "--trunk", trunk.address, "--member-key"]
+    code, shown, errors = say(*words, tmp_path / "b" / "member.key")
+    assert code == 0, errors
+    rows = [line.split() for line in shown.splitlines() if line.strip().startswith(("a ", "b "))]
+    expected = [["left", "1", "3", "-", "-", "merged", "in", "round", "3"]] * 2
+    assert sorted(rows) == [[each, *row] for each, row in zip("ab", expected, strict=True)]
+    code, shown, _ = say(*words, tmp_path / "b" / "member.key", "--json")
+    assert json.loads(shown)["cohort"]["rule"] == "sync"
+    (tmp_path / "strangers.key").write_text(16 * "ab" + "\n")
+    code, line = error_of(*words, tmp_path / "strangers.key")
+    assert code == 1
+    assert "has 2 members" in line
+    assert "key of none of them" in line
+    code, shown, _ = say("runs", trunk.address)
+    assert "sync 0 of 2 2, 3" in " ".join(shown.split())
+    # Begun again under its name, it goes on: what counts already is not given a second time.
+    shutil.rmtree(tmp_path / "b" / "adapter")
+    shutil.rmtree(tmp_path / "b" / "checkpoint-3")
+    code, _, errors = say(*words_of("b"), "--max-steps", 4)
+    assert code == 0, errors
+    (run,) = [run for run in list_runs(trunk.address, 10) if run.name == "together"]
+    assert run.step == 4

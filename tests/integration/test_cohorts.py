@@ -187,10 +187,11 @@ def test_members_agree_on_the_cohort_and_each_has_a_name_of_its_own(model):
             _ = second.trunk.run
         share_run(second, cohort, "b")
         facts = second.trunk.transport.run_facts("together")
-        assert [each.name for each in facts.members] == ["a"]
+        assert (facts.active_members, facts.known_members) == (1, 1)
+        assert facts.members == (), "a stranger is told no names"
         assert facts.number == 0, "a stranger is told no number"
         _ = second.trunk.run
-        with pytest.raises(MessageError, match="a, b train run together"):
+        with pytest.raises(MessageError, match="together is trained by 2 of its members"):
             first.trunk.transport.close_run("together")
         for split in (first, second):
             split.trunk.close_run()

@@ -35,7 +35,7 @@ def read_config(file: Path, options: dict[str, bool]) -> dict[str, Any]:
     Raises:
         SettingError: the file cannot be read, or does not say what an option says.
     """
-    told = _load(file)
+    told = load(file)
     found: dict[str, Any] = {}
     for key, value in told.items():
         name = str(key).replace("-", "_")
@@ -68,7 +68,8 @@ def _options_of(context: typer.Context) -> dict[str, bool]:
     }
 
 
-def _load(file: Path) -> dict[Any, Any]:
+def load(file: Path) -> dict[Any, Any]:
+    """The mapping in a YAML file; raises SettingError where it cannot be read, or has something else."""
     try:
         told = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,18 @@ class FineTuning:
             f"--delete {name}`"
         )
 
-    def run(self) -> FineTuned:
-        """Train, from the newest common checkpoint where the settings say so, and write the adapter."""
-        result = self._begin()
+    def run(
+        self, *, measures_before: bool = True, trained_at: Callable[[], None] = lambda: None
+    ) -> FineTuned:
+        """Train, from the newest common checkpoint where the settings say so, and write the adapter.
+
+        Args:
+            measures_before: whether the held-out loss is measured before the first step, too.
+            trained_at: is called after the last step, before the loss is measured again.
+        """
+        result = self._begin(measures_before)
         trained = self.trainer.train(resume_from_checkpoint=self._settings.resume or None)
+        trained_at()
         done = FineTuned(
             run=self._model.trunk.run.name,
             steps=trained.global_step,
@@ -98,12 +107,17 @@ class FineTuning:
         self._write(done)
         return done
 
-    def _begin(self) -> FineTuned:
+    def _begin(self, measures: bool) -> FineTuned:
         for line in filter(None, (*told_of(self._data), self._told_of_precision)):
             self._show(line)
         if self._settings.resume:
             return read_result(self._settings.output)
-        begun = FineTuned(run=self._model.trunk.run.name, held_out_loss_before=self._held_out_loss("before"))
+        trunk = self._model.trunk
+        if trunk.is_shared:
+            # A member that was killed before its first checkpoint: what counts of it is not given twice.
+            trunk.run.go_on_from(0)
+        before = self._held_out_loss("before") if measures else None
+        begun = FineTuned(run=self._model.trunk.run.name, held_out_loss_before=before)
         self._write(begun)
         return begun
 

@@ -43,14 +43,14 @@ def partition(
     output = output or Path(f"{file.stem}-partition")
     with new_folder(output) as growing:
         dealt.write_into(growing)
-        _draw(dealt, growing / PICTURE)
+        draw_if_possible(dealt, growing / PICTURE)
     if as_json:
         print(json.dumps(dealt.record, indent=2))
     else:
         _print_table(dealt, output)
 
 
-def _draw(dealt: Partition, picture: Path) -> None:
+def draw_if_possible(dealt: Partition, picture: Path) -> None:
     """The data are worth having without it."""
     from splitlearn.bench.picture import require_matplotlib
     from splitlearn.cli.holdings_picture import draw

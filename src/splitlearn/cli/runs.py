@@ -49,6 +49,19 @@ def figures(run: RunFacts) -> dict[str, Any]:
         "version": run.version,
         "checkpoints": list(run.checkpoints),
         "bytes_on_disk": run.bytes_on_disk,
+        "cohort": _cohort_figures(run),
+    }
+
+
+def _cohort_figures(run: RunFacts) -> dict[str, Any] | None:
+    cohort = run.settings.cohort
+    if cohort.is_private:
+        return None
+    return {
+        "rule": cohort.rule,
+        "members": cohort.members,
+        "active_members": run.active_members,
+        "known_members": run.known_members,
     }
 
 
@@ -56,10 +69,20 @@ def _print_table(found: list[RunFacts]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("run", "state", "step", "version", "checkpoints of steps", "on disk", box=None)
+    names = ("run", "state", "step", "version", "rule", "members", "checkpoints", "on disk")
+    table = Table(*names, box=None)
     for run in found:
         kept = ", ".join(map(str, run.checkpoints)) or "none"
-        table.add_row(
-            run.name, run.state, str(run.step), str(run.version), kept, show_bytes(run.bytes_on_disk)
-        )
+        figures = (str(run.step), str(run.version))
+        table.add_row(run.name, run.state, *figures, *_shared(run), kept, show_bytes(run.bytes_on_disk))
     Console(highlight=False).print(table if found else "no runs")
+
+
+def _shared(run: RunFacts) -> tuple[str, str]:
+    """The rule, and how many of its members are there; of a run on the disk nobody is."""
+    from splitlearn.wire.messages import SAVED
+
+    cohort = run.settings.cohort
+    if run.state == SAVED or cohort.is_private:
+        return "-", "-"
+    return cohort.rule, f"{run.active_members} of {max(cohort.members, run.known_members)}"

@@ -93,6 +93,9 @@ def serve(
     tape_budget: Annotated[
         int, setting(RunConfig, "tape_budget_bytes", "--tape-budget", parser=parse_bytes, metavar="BYTES")
     ] = f"{default_of(RunConfig, 'tape_budget_bytes') // GIB}GiB",  # type: ignore[assignment]
+    member_lease: Annotated[
+        float, setting(RunConfig, "member_lease_s", "--member-lease", metavar="SECONDS")
+    ] = default_of(RunConfig, "member_lease_s"),
     disk_budget: Annotated[
         int, setting(RunConfig, "disk_budget_bytes", "--disk-budget", parser=parse_bytes, metavar="BYTES")
     ] = f"{default_of(RunConfig, 'disk_budget_bytes') // GIB}GiB",  # type: ignore[assignment]
@@ -177,7 +180,11 @@ def serve(
             "decode_share": decode_share,
             "training_share": training_share,
         },
-        runs={"tape_budget_bytes": tape_budget, "disk_budget_bytes": disk_budget},
+        runs={
+            "tape_budget_bytes": tape_budget,
+            "disk_budget_bytes": disk_budget,
+            "member_lease_s": member_lease,
+        },
         quotas={
             "max_sessions": quota_sessions,
             "max_bytes": quota_bytes,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from splitlearn.cli.cohort_options import KEY_FILE, CohortFigures, MemberOptions
 from splitlearn.cli.config_file import take_config, write_config
 from splitlearn.cli.options import (
     AcceptLabelLeak,
@@ -23,10 +24,13 @@ from splitlearn.cli.options import (
 )
 from splitlearn.cli.train_settings import TrainSettings
 from splitlearn.errors import SettingError
+from splitlearn.vocabulary import CohortSettings
 
 ASKED = "train.yaml"
 
 
+@with_options_of(CohortFigures)
+@with_options_of(MemberOptions)
 @with_options_of(TrainSettings)
 def train(
     context: typer.Context,
@@ -53,8 +57,10 @@ def train(
 
     Bottom and top are trained here, the trunk on the server. The output folder gets checkpoints, train.yaml
     (what was asked, as --config takes it) and, at the end, the whole model's adapter in PEFT's format.
+    With --cohort several trainings with data of their own train one trunk together.
     """
-    settings = _settings(told)
+    settings, options = _settings(told)
+    cohort = _cohort(settings, options, told)
 
     from splitlearn.cli.fine_tuning import (
         ADAPTER,
@@ -63,7 +69,7 @@ def train(
         require_new,
         require_same_run,
     )
-    from splitlearn.cli.train_arguments import lora_of, tape_of
+    from splitlearn.cli.train_arguments import loading_of
     from splitlearn.client.split_model import AutoSplitModelForCausalLM
 
     if settings.resume:
@@ -80,17 +86,16 @@ def train(
         dtype=dtype,
         codec=codec,
         device=device,
-        lora=lora_of(settings),
-        run=settings.run,
-        freeze=settings.freeze,
-        full=settings.full,
-        seed=settings.seed,
-        tape=tape_of(settings),
+        **loading_of(settings),
+        cohort=cohort,
+        member=options.member,
+        member_key=None if cohort is None else options.member_key or settings.output / KEY_FILE,
     )
     with closing(client):
         tuning = FineTuning(client, data, settings)
         if not settings.resume:
-            tuning.require_new_run()
+            if cohort is None:
+                tuning.require_new_run()
             # What "auto" was, so that a resumed training does not choose again, perhaps elsewhere.
             decided = {"precision": tuning.precision}
             write_config(context, settings.output / ASKED, leave_out={"config", "resume"}, decided=decided)
@@ -102,11 +107,19 @@ def train(
     print(f"{settings.output / ADAPTER}: the adapter after {done.steps} steps of run {done.run}")
 
 
-def _settings(told: dict[str, Any]) -> TrainSettings:
+def _settings(told: dict[str, Any]) -> tuple[TrainSettings, MemberOptions]:
     """Raises BadParameter for a value out of its range."""
     try:
         settings = TrainSettings(**grouped(TrainSettings, told))
         settings.require_consistent()
+        return settings, MemberOptions(**grouped(MemberOptions, told))
     except SettingError as error:
         raise typer.BadParameter(error.message) from None
-    return settings
+
+
+def _cohort(settings: TrainSettings, options: MemberOptions, told: dict[str, Any]) -> CohortSettings | None:
+    """Raises BadParameter where it is not whole."""
+    try:
+        return options.shared(settings.run, CohortFigures(**grouped(CohortFigures, told)))
+    except SettingError as error:
+        raise typer.BadParameter(error.message) from None

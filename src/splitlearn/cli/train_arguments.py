@@ -28,6 +28,18 @@ def lora_of(settings: TrainSettings) -> LoraConfig | Path:
     )
 
 
+def loading_of(settings: TrainSettings) -> dict[str, Any]:
+    """What `from_pretrained` is told of the training."""
+    return {
+        "lora": lora_of(settings),
+        "run": settings.run,
+        "freeze": settings.freeze,
+        "full": settings.full,
+        "seed": settings.seed,
+        "tape": tape_of(settings),
+    }
+
+
 def tape_of(settings: TrainSettings) -> TapeSettings:
     return TapeSettings(settings.tape == "recompute", settings.tape_checkpoint_every)
 

@@ -25,12 +25,14 @@ class TrunkProcess:
     Args:
         model: folder or hub id.
         options: further options of `splitlearn serve`.
+        log: file that its log is written to; by default one that goes with the process.
 
     Raises (on entry):
         TrunkUnreachable: it ended, or was not ready in time; with the last line that it wrote.
     """
 
-    def __init__(self, model: str | Path, *options: str) -> None:
+    def __init__(self, model: str | Path, *options: str, log: Path | None = None) -> None:
+        self._log_file = log
         self._command = [sys.executable, "-m", "splitlearn.cli", "serve", str(model), "--port", "0", *options]
         self.address = ""
 
@@ -39,7 +41,7 @@ class TrunkProcess:
         return self._process.pid
 
     def __enter__(self) -> Self:
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+") if self._log_file is None else self._log_file.open("w+")
         self._process = subprocess.Popen(
             self._command,
             stdin=subprocess.DEVNULL,
@@ -59,6 +61,13 @@ class TrunkProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+    def require_alive(self) -> None:
+        """Raises TrunkUnreachable, with the last line that it wrote, where it has ended."""
+        if self._process.poll() is not None:
+            raise TrunkUnreachable(
+                f"the trunk server ended with exit code {self._process.returncode}: {self._last_words()}"
+            )
 
     def stop(self) -> int:
         """Drain it as an operator would; its exit code."""

@@ -40,6 +40,17 @@ def list_runs(address: str, timeout_s: float) -> list[RunFacts]:
         return [run_facts_from_proto(run) for run in trunk.ListRuns(request, timeout=timeout_s).runs]
 
 
+def run_facts(address: str, name: str, client: bytes, timeout_s: float) -> RunFacts:
+    """Where one run of the server at this address stands, as this client may know it.
+
+    Raises:
+        RunLost: there is none of this name; TrunkUnreachable, NotATrunk: as `list_runs`.
+    """
+    request = pb.RunRequest(name=name, client=client)
+    with calling(address, ClientConfig()) as trunk:
+        return run_facts_from_proto(trunk.GetRun(request, timeout=timeout_s))
+
+
 def delete_run(address: str, name: str, timeout_s: float) -> int:
     """Have the server forget a run, its checkpoints too; the bytes that this frees on its disk.
 

@@ -23,7 +23,7 @@ def client_key(file: str | Path | None) -> bytes:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
-        return _read(path)
+        return read_key(path)
     except OSError as error:
         raise SettingError(
             f"member key {path} cannot be made ({error.strerror}): name another file"
@@ -34,7 +34,12 @@ def client_key(file: str | Path | None) -> bytes:
     return key
 
 
-def _read(path: Path) -> bytes:
+def read_key(path: Path) -> bytes:
+    """The key in a file that is there.
+
+    Raises:
+        SettingError: it cannot be read, or holds something else.
+    """
     try:
         key = bytes.fromhex(path.read_text().strip())
     except OSError as error:

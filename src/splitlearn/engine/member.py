@@ -190,14 +190,14 @@ class Member:
         self.base = None
 
     def facts(self, now: float) -> MemberFacts:
-        merged = self.last.merged if self.last is not None else None
         return MemberFacts(
             self.name,
             self.state.value,
             self.incarnation,
             self.step,
             max(self.lease_until - now, 0.0) if self.state is State.ACTIVE else 0.0,
-            merged.staleness if merged is not None else 0,
+            self.last.merged if self.last is not None else None,
+            self.base.number if self.base is not None else None,
         )
 
     def record(self) -> MemberRecord:

@@ -105,16 +105,25 @@ class Run:
         return (self.owner,) if self.cohort is None else self.cohort
 
     def facts(self, of: Member | None = None) -> RunFacts:
-        """Where the run stands, as this member is told it; of a cohort's run there is none that is meant."""
+        """Where the run stands, as this member is told it; nobody in a cohort is meant by default.
+
+        Who is no member is told how many there are, and not their names.
+        """
         state = BROKEN if self._broken else OPEN
         now = time.monotonic()
         told = RunFacts(self.name, 0, 0, state, self.step, self.version, self.settings)
         if self.cohort is not None:
-            told = replace(told, members=tuple(member.facts(now) for member in self.cohort))
+            counts = len(self.cohort.active()), len(self.cohort.members)
+            told = replace(told, active_members=counts[0], known_members=counts[1])
         of = of or (self.owner if self.cohort is None else None)
         if of is None:
             return told
-        return replace(told, number=of.number, incarnation=of.incarnation, member=of.name)
+        members = () if self.cohort is None else tuple(member.facts(now) for member in self.cohort)
+        return replace(told, number=of.number, incarnation=of.incarnation, member=of.name, members=members)
+
+    def facts_for(self, client: bytes) -> RunFacts:
+        """Where the run stands, as this client may know it."""
+        return self.facts(None if self.cohort is None else self.cohort.of(client))
 
     def of_cohort(self) -> Cohort:
         """Raises RunLost where nobody shares the run."""

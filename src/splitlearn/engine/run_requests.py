@@ -77,6 +77,10 @@ class RunRequests:
         """Of all that are open."""
         return self._queue.ask(lambda: [run.facts() for run in self._runs])
 
+    def facts_for(self, client: bytes, name: str) -> Future[RunFacts]:
+        """Of one that is open, as this client may know it."""
+        return self.do(name, lambda run: run.facts_for(client))
+
     def _close(self, name: str) -> RunFacts:
         self._runs.require_deserted(name)
         return self._runs.close(name).facts()

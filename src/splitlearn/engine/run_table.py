@@ -221,7 +221,11 @@ class RunTable:
         """Raises MessageError while members of a cohort train this run."""
         cohort = self.named(name).cohort
         if cohort is not None and (there := cohort.active()):
-            raise MessageError(f"{', '.join(sorted(there))} train run {name}: let them leave first")
+            # Their names are for members, and whoever asks may be none.
+            raise MessageError(
+                f"run {name} is trained by {len(there)} of its members: let them leave first, or wait until "
+                "their leases have run out"
+            )
 
     def _open(self, client: bytes, asked: OpenRun) -> Run:
         if asked.name in self._runs:

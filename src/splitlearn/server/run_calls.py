@@ -64,9 +64,9 @@ class RunCalls(rpc.TrunkServicer):
     @refusing
     async def GetRun(self, request: pb.RunRequest, context: Context) -> pb.RunReply:
         """Where the run stands; one that is only on disk is answered too."""
-        name = run_name(request.name)
+        name, client = run_name(request.name), client_id(request.client)
         try:
-            return await self._reply(self._hall.engine.runs.do(name, Run.facts))
+            return await self._reply(self._hall.engine.runs.facts_for(client, name))
         except RunLost:
             if not (kept := await asyncio.to_thread(self._store.steps, name)):
                 raise

@@ -24,7 +24,6 @@ from splitlearn.config import (
     WireLimits,
 )
 from splitlearn.engine.engine import Engine
-from splitlearn.engine.run import Run
 from splitlearn.errors import NotServed, StepTimeout
 from splitlearn.model.checkpoint import Checkpoint
 from splitlearn.model.plan import SplitPlan
@@ -96,7 +95,7 @@ class LoopbackTransport:
         _within(FORK_S, self._engine.runs.leave(self._client, name))
 
     def run_facts(self, name: str) -> RunFacts:
-        return _within(FORK_S, self._engine.runs.do(name, Run.facts))
+        return _within(FORK_S, self._engine.runs.facts_for(self._client, name))
 
     def save_run(self, name: str, at: StepKey, acknowledged: Sequence[int]) -> RunFacts:
         raise NotServed("an engine alone has no disk: use a TrunkServer")

@@ -212,21 +212,27 @@ class OpenRun:
 
 @dataclass(frozen=True, slots=True)
 class MemberFacts:
-    """Where a member of a cohort stands: its last step that was done, and the seconds left of its lease."""
+    """Where a member of a cohort stands: its last step that was done, and the seconds left of its lease.
+
+    `last` is what became of that step's gradients (None where it was skipped), `version` what the step
+    underway is computed at.
+    """
 
     name: str
     state: str = ""
     incarnation: int = 0
     step: int = 0
     lease_left_s: float = 0.0
-    staleness: int = 0
+    last: Merged | None = None
+    version: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
     """Where a run stands: `step` optimizer steps are done, `checkpoints` are those on disk.
 
-    `digests` are theirs, in their order. A cohort has `members`.
+    `digests` are theirs, in their order. A cohort has `members`, whom only members are told; the counts
+    are for everybody: those whom rounds wait for, and all that it has had.
     """
 
     name: str
@@ -241,6 +247,8 @@ class RunFacts:
     digests: tuple[int, ...] = ()
     members: tuple[MemberFacts, ...] = ()
     member: str = ""
+    active_members: int = 0
+    known_members: int = 0
 
     @property
     def own(self) -> MemberFacts | None:

@@ -15,6 +15,7 @@ from splitlearn.vocabulary import (
     TapeSettings,
 )
 from splitlearn.wire.generated import splitlearn_pb2 as pb
+from splitlearn.wire.merged import merged_from_proto, merged_to_proto
 from splitlearn.wire.messages import MemberFacts, OpenRun, RunFacts
 from splitlearn.wire.precision import precision_from_proto, precision_to_proto
 
@@ -114,6 +115,8 @@ def facts_to_proto(facts: RunFacts) -> pb.RunReply:
         members=map(_member_to_proto, facts.members),
         member=facts.member,
         share=pb.ShareSettings(rule=facts.settings.share.rule),
+        active_members=facts.active_members,
+        known_members=facts.known_members,
     )
 
 
@@ -139,6 +142,8 @@ def facts_from_proto(proto: pb.RunReply) -> RunFacts:
         digests=tuple(proto.checkpoint_digests),
         members=tuple(map(_member_from_proto, proto.members)),
         member=proto.member,
+        active_members=proto.active_members,
+        known_members=proto.known_members,
     )
 
 
@@ -149,7 +154,8 @@ def _member_to_proto(member: MemberFacts) -> pb.Member:
         incarnation=member.incarnation,
         last_step=member.step,
         lease_left_s=member.lease_left_s,
-        staleness=member.staleness,
+        last=None if member.last is None else merged_to_proto(member.last),
+        version=member.version,
     )
 
 
@@ -160,7 +166,8 @@ def _member_from_proto(proto: pb.Member) -> MemberFacts:
         incarnation=proto.incarnation,
         step=proto.last_step,
         lease_left_s=proto.lease_left_s,
-        staleness=proto.staleness,
+        last=merged_from_proto(proto.last) if proto.HasField("last") else None,
+        version=proto.version if proto.HasField("version") else None,
     )
 
 

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from splitlearn.config import WireLimits
 from splitlearn.errors import MessageError
-from splitlearn.vocabulary import Fate, Merged, Phase, Role, StepKey, Timings, Versions
+from splitlearn.vocabulary import Phase, Role, StepKey, Timings, Versions
 from splitlearn.wire import ends, step_fields
 from splitlearn.wire.frames import FrameFormat, decode_frame, write_frame
 from splitlearn.wire.generated import splitlearn_pb2 as pb
+from splitlearn.wire.merged import merged_from_proto, merged_to_proto
 from splitlearn.wire.messages import (
     AnswerMessage,
     CloseMessage,
@@ -26,8 +27,6 @@ from splitlearn.wire.status import error_from_proto, error_to_proto
 
 PHASES: dict[pb.Phase, Phase] = {getattr(pb, phase.name): phase for phase in Phase}
 PHASE_IDS = {phase: wire_id for wire_id, phase in PHASES.items()}
-FATES: dict[pb.Fate, Fate] = {getattr(pb, fate.name): fate for fate in Fate}
-FATE_IDS = {fate: wire_id for wire_id, fate in FATES.items()}
 
 
 def step_to_proto(step: StepMessage, format: FrameFormat) -> pb.Step:
@@ -151,11 +150,8 @@ def answer_to_proto(answer: AnswerMessage, format: FrameFormat) -> pb.Answer:
         write_frame(proto.norms, answer.norms, Role.NORMS, FrameFormat(checksum=format.checksum))
     ends.write(proto.ends, answer.ends, Role.WEIGHT, format)
     proto.stepped = answer.stepped
-    if (merged := answer.merged) is not None:
-        fate = FATE_IDS[merged.fate]
-        proto.merged.CopyFrom(
-            pb.Merged(fate=fate, round=merged.round, staleness=merged.staleness, members=merged.members)
-        )
+    if answer.merged is not None:
+        proto.merged.CopyFrom(merged_to_proto(answer.merged))
     timings, told = answer.timings, proto.timings
     told.queued_us, told.device_us, told.copied_us = timings.queued_us, timings.device_us, timings.copied_us
     if answer.versions.version:
@@ -190,7 +186,7 @@ def answer_from_proto(
         versions=Versions(proto.adapter.adapter, proto.adapter.version),
         norms=_norms(proto, checksum),
         stepped=proto.stepped,
-        merged=_merged(proto),
+        merged=merged_from_proto(proto.merged) if proto.HasField("merged") else None,
         ends=ends.read(proto.ends, Role.WEIGHT, checksum=checksum),
     )
 
@@ -257,13 +253,6 @@ def _add_sides(
         write_frame(proto.mask_columns, mask_columns_BT, Role.MASK_COLUMNS, format)
     if positions_BT is not None:
         write_frame(proto.positions, positions_BT.to(torch.int32), Role.POSITIONS, format)
-
-
-def _merged(proto: pb.Answer) -> Merged | None:
-    told = proto.merged
-    if not proto.HasField("merged") or (fate := FATES.get(told.fate)) is None:
-        return None
-    return Merged(fate, told.round, told.staleness, told.members)
 
 
 def _norms(proto: pb.Answer, checksum: bool) -> Tensor | None:

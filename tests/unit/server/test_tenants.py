@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from splitlearn import TrunkServer
+from splitlearn.client.calls import list_runs
 from splitlearn.client.grpc_transport import GrpcTransport
 from splitlearn.config import ClientConfig
 from splitlearn.errors import (
@@ -29,7 +30,7 @@ from splitlearn.errors import (
 )
 from splitlearn.testing import tiny_model
 from splitlearn.testing.pair import meeting
-from splitlearn.vocabulary import LoraSettings, Phase, RunSettings, StepKey, Versions
+from splitlearn.vocabulary import CohortSettings, LoraSettings, Phase, RunSettings, StepKey, Versions
 from splitlearn.wire.frames import FrameFormat
 from splitlearn.wire.messages import (
     AdapterMessage,
@@ -347,3 +348,18 @@ def test_who_finds_no_room_is_told_totals_and_nothing_of_others(clinic, bank):
         {"adapters": 3, "max_adapters": 3},
     ]
     assert refused[2].facts.keys() == {"wanted_bytes", "free_bytes", "total_bytes"}
+
+
+def test_a_runs_members_are_told_to_members_and_to_others_only_how_many_they_are(server, clinic, bank):
+    cohort = RunSettings(lora=LORA, cohort=CohortSettings("async", members=2))
+    clinic.wire.open_run(OpenRun(SECRET, cohort, member="ward-3"))
+    (member,) = clinic.wire.run_facts(SECRET).members
+    assert (member.name, member.state, member.last, member.version) == ("ward-3", "active", None, None)
+    stranger = bank.wire.run_facts(SECRET)
+    assert (stranger.members, stranger.number, stranger.incarnation) == ((), 0, 0)
+    assert (stranger.active_members, stranger.known_members) == (1, 1)
+    (listed,) = list_runs(server.address, WAIT_S)
+    assert (listed.members, listed.known_members, listed.settings.cohort.rule) == ((), 1, "async")
+    with pytest.raises(MessageError, match="is trained by 1 of its members") as refused:
+        bank.wire.close_run(SECRET)
+    assert "ward-3" not in refused.value.message

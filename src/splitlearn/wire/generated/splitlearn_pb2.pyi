@@ -738,23 +738,25 @@ class RestoreRunRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., client: _Optional[bytes] = ..., step: _Optional[int] = ..., digest: _Optional[int] = ...) -> None: ...
 
 class Member(_message.Message):
-    __slots__ = ("incarnation", "state", "last_step", "lease_left_s", "name", "staleness")
+    __slots__ = ("incarnation", "state", "last_step", "lease_left_s", "name", "last", "version")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     LAST_STEP_FIELD_NUMBER: _ClassVar[int]
     LEASE_LEFT_S_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
-    STALENESS_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     incarnation: int
     state: str
     last_step: int
     lease_left_s: float
     name: str
-    staleness: int
-    def __init__(self, incarnation: _Optional[int] = ..., state: _Optional[str] = ..., last_step: _Optional[int] = ..., lease_left_s: _Optional[float] = ..., name: _Optional[str] = ..., staleness: _Optional[int] = ...) -> None: ...
+    last: Merged
+    version: int
+    def __init__(self, incarnation: _Optional[int] = ..., state: _Optional[str] = ..., last_step: _Optional[int] = ..., lease_left_s: _Optional[float] = ..., name: _Optional[str] = ..., last: _Optional[_Union[Merged, _Mapping]] = ..., version: _Optional[int] = ...) -> None: ...
 
 class RunReply(_message.Message):
-    __slots__ = ("name", "run", "state", "step", "version", "incarnation", "members", "checkpoints", "lora", "optimizer", "cohort", "bytes_on_disk", "precision", "seed", "allow_download", "checkpoint_digests", "member", "share")
+    __slots__ = ("name", "run", "state", "step", "version", "incarnation", "members", "checkpoints", "lora", "optimizer", "cohort", "bytes_on_disk", "precision", "seed", "allow_download", "checkpoint_digests", "member", "share", "active_members", "known_members")
     NAME_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -773,6 +775,8 @@ class RunReply(_message.Message):
     CHECKPOINT_DIGESTS_FIELD_NUMBER: _ClassVar[int]
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     SHARE_FIELD_NUMBER: _ClassVar[int]
+    ACTIVE_MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_MEMBERS_FIELD_NUMBER: _ClassVar[int]
     name: str
     run: int
     state: str
@@ -791,7 +795,9 @@ class RunReply(_message.Message):
     checkpoint_digests: _containers.RepeatedScalarFieldContainer[int]
     member: str
     share: ShareSettings
-    def __init__(self, name: _Optional[str] = ..., run: _Optional[int] = ..., state: _Optional[str] = ..., step: _Optional[int] = ..., version: _Optional[int] = ..., incarnation: _Optional[int] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[int]] = ..., lora: _Optional[_Union[LoraSettings, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSettings, _Mapping]] = ..., cohort: _Optional[_Union[CohortSettings, _Mapping]] = ..., bytes_on_disk: _Optional[int] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ..., seed: _Optional[int] = ..., allow_download: bool = ..., checkpoint_digests: _Optional[_Iterable[int]] = ..., member: _Optional[str] = ..., share: _Optional[_Union[ShareSettings, _Mapping]] = ...) -> None: ...
+    active_members: int
+    known_members: int
+    def __init__(self, name: _Optional[str] = ..., run: _Optional[int] = ..., state: _Optional[str] = ..., step: _Optional[int] = ..., version: _Optional[int] = ..., incarnation: _Optional[int] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[int]] = ..., lora: _Optional[_Union[LoraSettings, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSettings, _Mapping]] = ..., cohort: _Optional[_Union[CohortSettings, _Mapping]] = ..., bytes_on_disk: _Optional[int] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ..., seed: _Optional[int] = ..., allow_download: bool = ..., checkpoint_digests: _Optional[_Iterable[int]] = ..., member: _Optional[str] = ..., share: _Optional[_Union[ShareSettings, _Mapping]] = ..., active_members: _Optional[int] = ..., known_members: _Optional[int] = ...) -> None: ...
 
 class ListRunsRequest(_message.Message):
     __slots__ = ("client",)
