@@ -169,6 +169,42 @@ class CohortSettings:
         return self.rule == PRIVATE
 
 
+PERSONAL = "personal"
+AVERAGING = ("fedavg", "ffa", "fedex")
+SHARE_RULES = (PERSONAL, "sync", *AVERAGING)
+SHARES_SERVED = (PERSONAL,)
+"""The rules that there is code for."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShareSettings:
+    """What the members of a cohort share of their own bottoms and tops, besides the trunk.
+
+    `rule` is one of:
+        "personal": nothing; each member's ends are its own.
+        "sync": their gradients are merged at every step, as the trunk's are.
+        "fedavg": the mean of their adapters, A and B each by itself (McMahan et al. 2017).
+        "ffa": the same of B, while A is never trained (FFA-LoRA, Sun et al. 2024): nothing is lost.
+        "fedex": the mean, and what it lacks of the mean of the products is added to the base
+            (FedEx-LoRA, Singhal et al. 2024).
+
+    The last three average every `every` optimizer steps of the run. `proximal` is FedProx's mu (Li et al.
+    2020), which pulls a member's adapters towards the last average (0 does not).
+    """
+
+    rule: str = PERSONAL
+    every: int = 1
+    proximal: float = 0.0
+
+    @property
+    def is_personal(self) -> bool:
+        return self.rule == PERSONAL
+
+    @property
+    def averages(self) -> bool:
+        return self.rule in AVERAGING
+
+
 class Fate(Enum):
     """What became of the gradients that a member of a cohort gave."""
 
@@ -199,3 +235,4 @@ class RunSettings:
     accumulation: int = 1
     allow_download: bool = True
     cohort: CohortSettings = CohortSettings()
+    share: ShareSettings = ShareSettings()

@@ -35,7 +35,7 @@ from splitlearn.model.masks import FORMS, with_slot_masks
 from splitlearn.model.plan import SplitPlan
 from splitlearn.model.skeleton import decoder_of
 from splitlearn.model.weights import fingerprint, load_client, resolve_dtype
-from splitlearn.vocabulary import CodecId, CohortSettings, TapeSettings
+from splitlearn.vocabulary import PERSONAL, CodecId, CohortSettings, ShareSettings, TapeSettings
 from splitlearn.wire.frames import FrameFormat
 from splitlearn.wire.handshake import ModelIdentity
 
@@ -74,6 +74,7 @@ class AutoSplitModelForCausalLM:
         cohort: CohortSettings | None = None,
         member: str | None = None,
         member_key: str | Path | None = None,
+        share: str | ShareSettings = PERSONAL,
         **settings: Any,
     ) -> PreTrainedModel:
         """The library's own causal LM, whose middle layers run on the trunk server.
@@ -101,6 +102,7 @@ class AutoSplitModelForCausalLM:
             member: what this client is called in the cohort.
             member_key: a file with the secret by which the server knows this member again, made where there
                 is none; without it a member is known as long as this object lives.
+            share: what the cohort's members share of their bottoms and tops: a rule's name, or ShareSettings.
 
         Raises:
             TrunkUnreachable, NotATrunk, ProtocolMismatch, ModelMismatch, SplitMismatch: the server is not
@@ -124,7 +126,7 @@ class AutoSplitModelForCausalLM:
                 checkpoint, plan, transport, client_config, weights_dtype, device, attn_implementation
             )
             prepare_training(model, lora, run, freeze, seed, tape, full=full, allow_download=allow_download)
-            share_run(model, cohort, member)
+            share_run(model, cohort, member, share)
             return model
         except BaseException:
             transport.close()

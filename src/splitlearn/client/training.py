@@ -28,14 +28,17 @@ from splitlearn.client.trunk_operation import NO_RUN
 from splitlearn.errors import AdapterError, SettingError, UnsupportedCall
 from splitlearn.model.lora import ADAPTER, add_lora, settings_of
 from splitlearn.vocabulary import (
+    PERSONAL,
     CohortSettings,
     LoraSettings,
     OptimizerSettings,
     Precision,
     RunSettings,
+    ShareSettings,
     TapeSettings,
 )
 from splitlearn.wire.messages import OpenRun
+from splitlearn.wire.share import require_sensible
 
 NOT_TRAINED = LoraSettings(r=0)
 CLIP_EPSILON = 1e-6
@@ -92,20 +95,28 @@ def prepare_training(
         start_from(model, trunk, folder)
 
 
-def share_run(model: PreTrainedModel, cohort: CohortSettings | None, member: str | None) -> None:
+def share_run(
+    model: PreTrainedModel,
+    cohort: CohortSettings | None,
+    member: str | None,
+    share: str | ShareSettings = PERSONAL,
+) -> None:
     """Plan the run as one that a cohort trains; without `cohort` nothing is done.
 
     Raises:
-        SettingError: there is no run to share, or the cohort is not known by name.
+        SettingError: there is no run to share, the cohort is not known by name, or `share` makes no sense.
+        NotServed: `share` is a rule that there is no code for yet.
     """
     trunk = trunk_of(model)
+    share = ShareSettings(share) if isinstance(share, str) else share
+    require_sensible(share, cohort or CohortSettings())
     if cohort is None or cohort.is_private:
         if member is not None:
             raise SettingError("give cohort=CohortSettings(...) with member=: a private run has no members")
         return
     if trunk.planned is None or not trunk.is_named:
         raise SettingError("a cohort trains a run that all its members name: give lora= and run='...'")
-    settings = replace(trunk.planned.settings, cohort=cohort)
+    settings = replace(trunk.planned.settings, cohort=cohort, share=share)
     name = member or f"member-{secrets.token_hex(4)}"
     trunk.planned = replace(trunk.planned, settings=settings, member=name)
 

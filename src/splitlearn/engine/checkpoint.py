@@ -28,6 +28,7 @@ from splitlearn.vocabulary import (
     OptimizerSettings,
     Precision,
     RunSettings,
+    ShareSettings,
     TapeSettings,
 )
 
@@ -308,6 +309,7 @@ def _settings(told: dict[str, Any]) -> RunSettings:
             "tape": TapeSettings(**told["tape"]),
             "precision": Precision(**told["precision"]),
             "cohort": CohortSettings(**told.get("cohort", {})),
+            "share": ShareSettings(**told.get("share", {})),
         }
     )
 

@@ -30,6 +30,7 @@ from splitlearn.model import lora
 from splitlearn.monitor.events import Listener
 from splitlearn.vocabulary import Phase, RunSettings, StepKey
 from splitlearn.wire.messages import OpenRun
+from splitlearn.wire.share import require_sensible
 
 
 class RunTable:
@@ -290,6 +291,7 @@ class RunTable:
         rules.require_known(settings.cohort)
         if not settings.cohort.is_private and not settings.lora.r:
             raise SettingError("a cohort trains the trunk together: give lora=, and do not freeze the trunk")
+        require_sensible(settings.share, settings.cohort)
         self._state.require_precision(settings.precision)
         if settings.lora.r:
             lora.check(settings.lora)

@@ -11,6 +11,7 @@ from splitlearn.vocabulary import (
     LoraSettings,
     OptimizerSettings,
     RunSettings,
+    ShareSettings,
     TapeSettings,
 )
 from splitlearn.wire.generated import splitlearn_pb2 as pb
@@ -38,6 +39,7 @@ def open_run_to_proto(open: OpenRun, client: bytes) -> pb.OpenRunRequest:
         allow_download=settings.allow_download,
         start_from=open.start_from,
         cohort=cohort_to_proto(settings.cohort),
+        share=share_to_proto(settings.share),
         member=open.member,
     )
 
@@ -59,6 +61,7 @@ def open_run_from_proto(proto: pb.OpenRunRequest) -> OpenRun:
             accumulation=proto.accumulation,
             allow_download=proto.allow_download,
             cohort=cohort_from_proto(proto.cohort),
+            share=share_from_proto(proto.share),
         ),
         start_from=proto.start_from,
         member=member_name(proto.member),
@@ -108,6 +111,7 @@ def facts_to_proto(facts: RunFacts) -> pb.RunReply:
         seed=facts.settings.seed,
         allow_download=facts.settings.allow_download,
         cohort=cohort_to_proto(facts.settings.cohort),
+        share=share_to_proto(facts.settings.share),
         members=map(_member_to_proto, facts.members),
         member=facts.member,
     )
@@ -128,6 +132,7 @@ def facts_from_proto(proto: pb.RunReply) -> RunFacts:
             seed=proto.seed,
             allow_download=proto.allow_download,
             cohort=cohort_from_proto(proto.cohort),
+            share=share_from_proto(proto.share),
         ),
         checkpoints=tuple(proto.checkpoints),
         bytes_on_disk=proto.bytes_on_disk,
@@ -265,3 +270,12 @@ def cohort_from_proto(proto: pb.CohortSettings) -> CohortSettings:
         weighting=proto.weighting,
         clip_norm=proto.clip_norm,
     )
+
+
+def share_to_proto(share: ShareSettings) -> pb.ShareSettings:
+    return pb.ShareSettings(rule=share.rule, every=share.every, proximal=share.proximal)
+
+
+def share_from_proto(proto: pb.ShareSettings) -> ShareSettings:
+    """Without a rule nothing is shared; whether it makes sense is asked where it is used."""
+    return ShareSettings(proto.rule, proto.every, proto.proximal) if proto.rule else ShareSettings()

@@ -625,6 +625,16 @@ class CohortSettings(_message.Message):
     clip_norm: float
     def __init__(self, rule: _Optional[str] = ..., members: _Optional[int] = ..., quorum: _Optional[int] = ..., timeout_s: _Optional[float] = ..., buffer: _Optional[int] = ..., staleness_exponent: _Optional[float] = ..., staleness_limit: _Optional[int] = ..., carry_late: bool = ..., age_limit_s: _Optional[float] = ..., weighting: _Optional[str] = ..., clip_norm: _Optional[float] = ...) -> None: ...
 
+class ShareSettings(_message.Message):
+    __slots__ = ("rule", "every", "proximal")
+    RULE_FIELD_NUMBER: _ClassVar[int]
+    EVERY_FIELD_NUMBER: _ClassVar[int]
+    PROXIMAL_FIELD_NUMBER: _ClassVar[int]
+    rule: str
+    every: int
+    proximal: float
+    def __init__(self, rule: _Optional[str] = ..., every: _Optional[int] = ..., proximal: _Optional[float] = ...) -> None: ...
+
 class TapeSettings(_message.Message):
     __slots__ = ("recompute", "checkpoint_every", "lease_s")
     RECOMPUTE_FIELD_NUMBER: _ClassVar[int]
@@ -636,7 +646,7 @@ class TapeSettings(_message.Message):
     def __init__(self, recompute: bool = ..., checkpoint_every: _Optional[int] = ..., lease_s: _Optional[float] = ...) -> None: ...
 
 class OpenRunRequest(_message.Message):
-    __slots__ = ("name", "client", "lora", "optimizer", "cohort", "tape", "precision", "seed", "accumulation", "allow_download", "start_from", "member")
+    __slots__ = ("name", "client", "lora", "optimizer", "cohort", "tape", "precision", "seed", "accumulation", "allow_download", "start_from", "member", "share")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     LORA_FIELD_NUMBER: _ClassVar[int]
@@ -649,6 +659,7 @@ class OpenRunRequest(_message.Message):
     ALLOW_DOWNLOAD_FIELD_NUMBER: _ClassVar[int]
     START_FROM_FIELD_NUMBER: _ClassVar[int]
     MEMBER_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
     name: str
     client: bytes
     lora: LoraSettings
@@ -661,7 +672,8 @@ class OpenRunRequest(_message.Message):
     allow_download: bool
     start_from: str
     member: str
-    def __init__(self, name: _Optional[str] = ..., client: _Optional[bytes] = ..., lora: _Optional[_Union[LoraSettings, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSettings, _Mapping]] = ..., cohort: _Optional[_Union[CohortSettings, _Mapping]] = ..., tape: _Optional[_Union[TapeSettings, _Mapping]] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ..., seed: _Optional[int] = ..., accumulation: _Optional[int] = ..., allow_download: bool = ..., start_from: _Optional[str] = ..., member: _Optional[str] = ...) -> None: ...
+    share: ShareSettings
+    def __init__(self, name: _Optional[str] = ..., client: _Optional[bytes] = ..., lora: _Optional[_Union[LoraSettings, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSettings, _Mapping]] = ..., cohort: _Optional[_Union[CohortSettings, _Mapping]] = ..., tape: _Optional[_Union[TapeSettings, _Mapping]] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ..., seed: _Optional[int] = ..., accumulation: _Optional[int] = ..., allow_download: bool = ..., start_from: _Optional[str] = ..., member: _Optional[str] = ..., share: _Optional[_Union[ShareSettings, _Mapping]] = ...) -> None: ...
 
 class JoinRunRequest(_message.Message):
     __slots__ = ("name", "client", "incarnation", "member")
@@ -730,7 +742,7 @@ class Member(_message.Message):
     def __init__(self, incarnation: _Optional[int] = ..., state: _Optional[str] = ..., last_step: _Optional[int] = ..., lease_left_s: _Optional[float] = ..., name: _Optional[str] = ..., staleness: _Optional[int] = ...) -> None: ...
 
 class RunReply(_message.Message):
-    __slots__ = ("name", "run", "state", "step", "version", "incarnation", "members", "checkpoints", "lora", "optimizer", "cohort", "bytes_on_disk", "precision", "seed", "allow_download", "checkpoint_digests", "member")
+    __slots__ = ("name", "run", "state", "step", "version", "incarnation", "members", "checkpoints", "lora", "optimizer", "cohort", "bytes_on_disk", "precision", "seed", "allow_download", "checkpoint_digests", "member", "share")
     NAME_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -748,6 +760,7 @@ class RunReply(_message.Message):
     ALLOW_DOWNLOAD_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_DIGESTS_FIELD_NUMBER: _ClassVar[int]
     MEMBER_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
     name: str
     run: int
     state: str
@@ -765,7 +778,8 @@ class RunReply(_message.Message):
     allow_download: bool
     checkpoint_digests: _containers.RepeatedScalarFieldContainer[int]
     member: str
-    def __init__(self, name: _Optional[str] = ..., run: _Optional[int] = ..., state: _Optional[str] = ..., step: _Optional[int] = ..., version: _Optional[int] = ..., incarnation: _Optional[int] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[int]] = ..., lora: _Optional[_Union[LoraSettings, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSettings, _Mapping]] = ..., cohort: _Optional[_Union[CohortSettings, _Mapping]] = ..., bytes_on_disk: _Optional[int] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ..., seed: _Optional[int] = ..., allow_download: bool = ..., checkpoint_digests: _Optional[_Iterable[int]] = ..., member: _Optional[str] = ...) -> None: ...
+    share: ShareSettings
+    def __init__(self, name: _Optional[str] = ..., run: _Optional[int] = ..., state: _Optional[str] = ..., step: _Optional[int] = ..., version: _Optional[int] = ..., incarnation: _Optional[int] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[int]] = ..., lora: _Optional[_Union[LoraSettings, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSettings, _Mapping]] = ..., cohort: _Optional[_Union[CohortSettings, _Mapping]] = ..., bytes_on_disk: _Optional[int] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ..., seed: _Optional[int] = ..., allow_download: bool = ..., checkpoint_digests: _Optional[_Iterable[int]] = ..., member: _Optional[str] = ..., share: _Optional[_Union[ShareSettings, _Mapping]] = ...) -> None: ...
 
 class ListRunsRequest(_message.Message):
     __slots__ = ("client",)
