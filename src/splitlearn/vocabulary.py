@@ -172,7 +172,7 @@ class CohortSettings:
 PERSONAL = "personal"
 AVERAGING = ("fedavg", "ffa", "fedex")
 SHARE_RULES = (PERSONAL, "sync", *AVERAGING)
-SHARES_SERVED = (PERSONAL,)
+SHARES_SERVED = (PERSONAL, *AVERAGING)
 """The rules that there is code for."""
 
 
@@ -221,6 +221,19 @@ class Merged:
     round: int = 0
     staleness: int = 0
     members: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Averaged:
+    """The ends of so many members became one.
+
+    `aggregation_residual` is what the new ends lack of the mean of the members' products B A, as a part of
+    that mean's norm.
+    """
+
+    number: int
+    members: int
+    aggregation_residual: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import replace
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,16 @@ from splitlearn.client.transport import Transport
 from splitlearn.client.trunk_operation import NO_RUN, Trained, Untrained
 from splitlearn.config import ClientConfig
 from splitlearn.errors import MessageError, RunLost, RunTakenOver, SettingError, UnsupportedCall
-from splitlearn.vocabulary import LoraSettings, Merged, RunSettings, StepKey, Timings, Versions
+from splitlearn.vocabulary import (
+    Averaged,
+    Fate,
+    LoraSettings,
+    Merged,
+    RunSettings,
+    StepKey,
+    Timings,
+    Versions,
+)
 from splitlearn.wire.host_memory import to_host
 from splitlearn.wire.messages import (
     SAVED,
@@ -30,6 +39,9 @@ from splitlearn.wire.messages import (
     RunFacts,
     StepMessage,
 )
+
+if TYPE_CHECKING:
+    from splitlearn.client.ends import OwnEnds
 
 # B rows   T new tokens   D hidden
 
@@ -52,6 +64,10 @@ class RemoteTrunk(nn.Module):
         """What the next optimizer step multiplies the trunk's gradients by; clipping sets it."""
         self.lora = LoraSettings(r=0)
         """The adapter's settings as the user gave them."""
+        self.ends: OwnEnds | None = None
+        """What averages bottom and top with the other members', where the model was loaded with such a share."""
+        self.last_average: Averaged | None = None
+        """What that last did."""
         # Without it nothing would ask for a gradient where the bottom is frozen.
         self._anchor = torch.zeros((), requires_grad=True)
         self._run: ClientRun | None = None
@@ -125,6 +141,8 @@ class RemoteTrunk(nn.Module):
             weight=weight,
         )
         self.gradient_scale, self._has_stepped = 1.0, True
+        if self.ends is not None and merged is not None and merged.fate is not Fate.DROPPED:
+            self.ends.count(weight)
         return merged
 
     def skip_step(self) -> None:

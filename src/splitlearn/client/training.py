@@ -14,6 +14,7 @@ from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 from transformers import PreTrainedModel
 
 from splitlearn.client.adapter_files import lora_of, start_from
+from splitlearn.client.ends import OwnEnds
 from splitlearn.client.parts import (
     ENDS,
     parameters_around,
@@ -105,6 +106,7 @@ def share_run(
 
     Raises:
         SettingError: there is no run to share, the cohort is not known by name, or `share` makes no sense.
+        AdapterError: the adapter is of a kind that `share` cannot average.
         NotServed: `share` is a rule that there is no code for yet.
     """
     trunk = trunk_of(model)
@@ -119,6 +121,7 @@ def share_run(
     settings = replace(trunk.planned.settings, cohort=cohort, share=share)
     name = member or f"member-{secrets.token_hex(4)}"
     trunk.planned = replace(trunk.planned, settings=settings, member=name)
+    trunk.ends = OwnEnds(model, trunk, share) if share.averages else None
 
 
 def _require_writable(model: PreTrainedModel, freeze: Collection[str], full: Collection[str]) -> None:

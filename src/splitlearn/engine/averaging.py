@@ -32,8 +32,8 @@ def mean_of(rule: str, each: Sequence[Mapping[str, Tensor]], weights: Sequence[f
     """The members' adapters as one.
 
     "fedavg" is the mean of A and of B (McMahan et al. 2017), and "ffa" that of B where all have the same A
-    (Sun et al. 2024). "fedex" adds the residual (Singhal et al. 2024), which is
-    that of the products of the deviations, so of rank (N - 1) r at most.
+    (Sun et al. 2024). "fedex" adds the residual (Singhal et al. 2024), which is that of
+    the products of the deviations from the means, so of rank (N - 1) r at most.
 
     Args:
         rule: as in `ShareSettings`.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from splitlearn.engine import round as rounds
 from splitlearn.engine.contribution import Gradients
+from splitlearn.engine.ends import Awaited
 from splitlearn.engine.failures import explained
 from splitlearn.engine.ledger import Ledger
 from splitlearn.engine.member import Event, Member, State, key_of
@@ -101,6 +102,12 @@ class Cohort:
     def active(self) -> set[str]:
         """The names of those that rounds wait for."""
         return {member.name for member in self if member.state is State.ACTIVE}
+
+    def awaited_for_ends(self) -> Awaited:
+        """Whom an average of ends waits for: not for those who wait for a round, which waits for the others."""
+        waiting = {each.member for each in self._waiting} if self._rule.waits else set()
+        is_complete = len(self.members) >= self._settings.members
+        return Awaited(frozenset(self.active() - waiting), is_complete, self._run.version)
 
     def end(self, error: SplitLearnError) -> None:
         """Nobody waits any more."""
