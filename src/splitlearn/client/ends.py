@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import xxhash
+from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
@@ -190,6 +192,25 @@ class OwnEnds:
                 f"{folder} has no readable {FILE} of this model: it was trained with another share= or lora=, "
                 "or is torn"
             ) from None
+
+    def folded(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """These, with what was added to the bases as further rank: [B U] [A; V] = B A + U V."""
+        found = dict(weights)
+        for module, each in self.residuals.items():
+            found[module + B] = torch.cat([found[module + B], each.up_OR], dim=1)
+            found[module + A] = torch.cat([found[module + A], each.down_RI])
+        return found
+
+    def fold(self, config: LoraConfig) -> None:
+        """Say in PEFT's configuration which ranks that gives, at the scale that the modules have."""
+        ranks, alphas = {}, {}
+        for module, each in self.residuals.items():
+            layer = self._adapted[module].layer
+            rank = ranks[module] = layer.r[ADAPTER] + each.rank
+            alphas[module] = layer.scaling[ADAPTER] * (math.sqrt(rank) if config.use_rslora else rank)
+        # Of several names that fit PEFT takes the first.
+        config.rank_pattern = ranks | dict(config.rank_pattern)
+        config.alpha_pattern = alphas | dict(config.alpha_pattern)
 
     # ---------------------------------------------------------------- weights
 

@@ -65,7 +65,7 @@ class RemoteTrunk(nn.Module):
         self.lora = LoraSettings(r=0)
         """The adapter's settings as the user gave them."""
         self.ends: OwnEnds | None = None
-        """What averages bottom and top with the other members', where the model was loaded with such a share."""
+        """What averages bottom and top with the other members', where `share=` says so."""
         self.last_average: Averaged | None = None
         """What that last did."""
         # Without it nothing would ask for a gradient where the bottom is frozen.

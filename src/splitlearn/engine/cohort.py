@@ -104,7 +104,7 @@ class Cohort:
         return {member.name for member in self if member.state is State.ACTIVE}
 
     def awaited_for_ends(self) -> Awaited:
-        """Whom an average of ends waits for: not for those who wait for a round, which waits for the others."""
+        """Whom an average of ends waits for: nobody whose round waits for those who wait for the average."""
         waiting = {each.member for each in self._waiting} if self._rule.waits else set()
         is_complete = len(self.members) >= self._settings.members
         return Awaited(frozenset(self.active() - waiting), is_complete, self._run.version)

@@ -15,12 +15,20 @@ from torch import Tensor
 from splitlearn.engine.averaging import A, B, Mean, added, mean_of
 from splitlearn.engine.disk_budget import DiskBudget
 from splitlearn.engine.ends_average import FILE, EndsAverage
-from splitlearn.errors import AdapterError, ContributionLost, MessageError, ResourceExhausted, StepOutOfOrder
+from splitlearn.errors import (
+    AdapterError,
+    ContributionLost,
+    MessageError,
+    ResourceExhausted,
+    RunLost,
+    StepOutOfOrder,
+)
 from splitlearn.vocabulary import RunSettings
 from splitlearn.wire.messages import GivenEnds
 
 NAME = re.compile(rf"[A-Za-z0-9_.]{{1,400}}({re.escape(A)}|{re.escape(B)})")
 FFA = "ffa"
+MAX_WEIGHT = 1e15
 log = structlog.get_logger("splitlearn.cohort")
 
 
@@ -59,7 +67,7 @@ class EndsBudget:
 
 
 class Ends:
-    """Called by any thread but the engine's, which must not wait for it; one average at a time.
+    """Called by any thread; the engine's only ends it. One average at a time.
 
     What a member is told is on the disk before. What was given and not averaged yet is held in memory alone:
     after a restart the members give it again.
@@ -74,6 +82,7 @@ class Ends:
         self._newest: EndsAverage | None = None
         self._folder: Path | None = None
         self._disk: DiskBudget | None = None
+        self._is_over = False
 
     @property
     def number(self) -> int:
@@ -102,6 +111,7 @@ class Ends:
             StepOutOfOrder: the average before it was not made.
         """
         with self._lock:
+            self._require_open()
             if given.number > self.number + 1:
                 raise StepOutOfOrder(
                     f"average {given.number} of run {self._run} cannot be made: the next is "
@@ -138,6 +148,7 @@ class Ends:
             given = dict(sorted(self._given.items()))
             if not given or not awaited.names <= given.keys():
                 return False
+            self._require_open()
             self._close(given, awaited.version)
         finally:
             self._lock.release()
@@ -153,7 +164,11 @@ class Ends:
         with self._lock:
             held = sum(each.nbytes for each in self._given.values())
             self._budget.give_back(held + (0 if self._newest is None else self._newest.nbytes))
-            self._given, self._newest = {}, None
+            self._given, self._newest, self._is_over = {}, None, True
+
+    def _require_open(self) -> None:
+        if self._is_over:
+            raise RunLost(f"run {self._run} was closed: join it again")
 
     def _close(self, given: Mapping[str, GivenEnds], version: int) -> None:
         each = list(given.values())
@@ -196,14 +211,14 @@ class Ends:
             average.write(self._folder)
 
     def _require_fitting(self, given: GivenEnds) -> None:
-        if not (0 <= given.weight < float("inf")):
-            raise MessageError(f"ends that count {given.weight}: it must be a finite number, 0 or above")
+        if not 0 <= given.weight <= MAX_WEIGHT:
+            raise MessageError(f"ends that count {given.weight}: it must lie between 0 and {MAX_WEIGHT:g}")
         _require_adapter(given.weights, self._ranks, without_a=self._share.rule == FFA)
         for shapes, frozen in self._others():
             if {name: each.shape for name, each in given.weights.items()} != shapes:
                 raise AdapterError(
-                    f"the ends are not of the shapes that the other members of run {self._run} have: load the "
-                    "model with their lora=, freeze= and split"
+                    f"the ends are not of the shapes that the other members of run {self._run} have: load "
+                    "the model with their lora=, freeze= and split"
                 )
             if given.frozen != frozen:
                 raise AdapterError(
@@ -224,8 +239,8 @@ def _require_adapter(weights: Mapping[str, Tensor], ranks: set[int], *, without_
     for name, weight in weights.items():
         if not NAME.fullmatch(name) or weight.ndim != 2 or weight.dtype != torch.float32:
             raise AdapterError(
-                f"{name[:80]!r} of {list(weight.shape)} in {weight.dtype} is no LoRA weight as it is averaged: "
-                "those of lora_A and lora_B, two dimensions, float32"
+                f"{name[:80]!r} of {list(weight.shape)} in {weight.dtype} is no LoRA weight as it is averaged"
+                " (a module's lora_A or lora_B, two dimensions, float32): leave it out"
             )
         is_a = name.endswith(A)
         module = name.removesuffix(A if is_a else B)
