@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import xxhash
 from peft import LoraConfig
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from splitlearn.client.adapted import Adapted, adapted_ends
 from splitlearn.client.member_run import MemberRun
-from splitlearn.client.parts import units_of
 from splitlearn.client.remote_trunk import RemoteTrunk
 from splitlearn.errors import AdapterError, CheckpointError, SettingError
 from splitlearn.model.lora import ADAPTER
@@ -34,30 +30,6 @@ FILE, NOTE = "average.safetensors", "average"
 UP, DOWN, TOWARDS = ".residual_up", ".residual_down", "towards/"
 
 
-@dataclass(frozen=True, slots=True)
-class Adapted:
-    """One module of bottom or top with its adapter."""
-
-    layer: LoraLinear
-
-    @property
-    def a(self) -> nn.Parameter:
-        weight: nn.Parameter = self.layer.lora_A[ADAPTER].weight
-        return weight
-
-    @property
-    def b(self) -> nn.Parameter:
-        weight: nn.Parameter = self.layer.lora_B[ADAPTER].weight
-        return weight
-
-    @torch.no_grad()
-    def add_to_base(self, change_OI: Tensor) -> None:
-        """Beside the adapter, so by its scale; gpt2's layers keep their weight the other way round."""
-        base = self.layer.get_base_layer().weight
-        change = change_OI.to(base.device) * self.layer.scaling[ADAPTER]
-        base.copy_(base.float() + (change.T if self.layer.fan_in_fan_out else change))
-
-
 class OwnEnds:
     """As `share=` has it. The optimizer's state stays this member's own: averages change weights alone.
 
@@ -68,7 +40,7 @@ class OwnEnds:
 
     def __init__(self, model: PreTrainedModel, trunk: RemoteTrunk, share: ShareSettings) -> None:
         self._trunk, self._share = trunk, share
-        self._adapted = dict(_adapted(model, trunk))
+        self._adapted = dict(adapted_ends(model, trunk))
         if not self._adapted:
             raise SettingError(f"share={share.rule!r} averages adapters of bottom and top: train one of them")
         if share.rule == FFA:
@@ -189,8 +161,8 @@ class OwnEnds:
             self._number, self._due, self._weight = note["number"], note["due"], note["weight"]
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError):
             raise CheckpointError(
-                f"{folder} has no readable {FILE} of this model: it was trained with another share= or lora=, "
-                "or is torn"
+                f"{folder} has no readable {FILE} of this model: it was trained with another share= or "
+                "lora=, or is torn"
             ) from None
 
     def folded(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -241,39 +213,6 @@ class OwnEnds:
             found.update(name.encode())
             found.update(each.a.detach().cpu().contiguous().numpy().tobytes())
         return found.intdigest()
-
-
-def _adapted(model: PreTrainedModel, trunk: RemoteTrunk) -> Iterator[tuple[str, Adapted]]:
-    """By name, the modules of bottom and top whose adapter is trained."""
-    head = model.get_output_embeddings()
-    for _, name, unit in units_of(model, trunk):
-        for path, module in unit.named_modules(prefix=name):
-            if isinstance(module, LoraLayer) and any(each.requires_grad for each in module.parameters()):
-                _require_averageable(path, module, head)
-                assert isinstance(module, LoraLinear)
-                yield path, Adapted(module)
-        own = [path for path, each in unit.named_parameters() if each.requires_grad and "lora_" not in path]
-        if own:
-            raise SettingError(
-                f"share= averages adapters, and {name} is trained in full ({own[0]}): leave out full=, or "
-                "take share='personal'"
-            )
-
-
-def _require_averageable(path: str, layer: LoraLayer, head: nn.Module | None) -> None:
-    """Raises AdapterError where its change is not B A, or a row of it would stand for a word."""
-    base = layer.get_base_layer()
-    if head is layer or head is base or isinstance(base, nn.Embedding):
-        raise AdapterError(
-            f"{path} has a row for each word, so its adapter would tell others which words are used: take it "
-            "out of target_modules"
-        )
-    if not isinstance(layer, LoraLinear) or not isinstance(base, nn.Linear | Conv1D):
-        raise AdapterError(f"{path} is a {type(base).__name__}: only adapters of linear layers are averaged")
-    if layer.use_dora.get(ADAPTER, False):
-        raise AdapterError(
-            f"{path} has a DoRA adapter, which is not a product of two matrices: leave use_dora out"
-        )
 
 
 def _require_fitting(

@@ -216,7 +216,7 @@ class MemberRun(ClientRun):
 
     @property
     def is_repeating(self) -> bool:
-        """Whether its next step, or the last one, is one that the server had done already when it came back."""
+        """Whether it is behind what the server had of it when it came: its next step counts already."""
         return self.step < self._done_there
 
     @property

@@ -207,7 +207,7 @@ class Ends:
             average.write(self._folder)
             return
         what = f"average {average.number} of run {self._run}'s ends"
-        with self._disk.reserved(self._folder / f"{FILE}.new", average.nbytes, what):
+        with self._disk.reserved(self._folder / f"{FILE}.new", average.file_bytes, what):
             average.write(self._folder)
 
     def _require_fitting(self, given: GivenEnds) -> None:

@@ -20,6 +20,8 @@ from splitlearn.wire.messages import AveragedEnds
 FILE = "average.safetensors"
 NOTE = "average"
 WEIGHT, NEW, ALL = "weight/", "new/", "all/"
+HEADER_BYTES = 256
+"""More than a tensor's entry takes in the file."""
 UP, DOWN = "/up", "/down"
 
 
@@ -42,7 +44,13 @@ class EndsAverage:
 
     @property
     def nbytes(self) -> int:
-        return sum(each.nbytes for each in self._tensors().values())
+        thin = (*self.residual.values(), *self.residuals.values())
+        return sum(each.nbytes for each in (*self.weights.values(), *thin))
+
+    @property
+    def file_bytes(self) -> int:
+        """At least what its file will take."""
+        return self.nbytes + HEADER_BYTES * (len(self.weights) + 4 * len(self.residuals) + 1)
 
     def since(self, number: int) -> AveragedEnds:
         """As a member is told it that has this average."""
