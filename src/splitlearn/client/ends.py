@@ -20,7 +20,7 @@ from splitlearn.client.member_run import MemberRun
 from splitlearn.client.remote_trunk import RemoteTrunk
 from splitlearn.errors import AdapterError, CheckpointError, SettingError
 from splitlearn.model.lora import ADAPTER
-from splitlearn.model.thin import Thin, combined, thinned
+from splitlearn.model.thin import Thin, accumulated
 from splitlearn.vocabulary import Averaged, ShareSettings
 from splitlearn.wire.messages import AveragedEnds, GivenEnds
 
@@ -67,7 +67,7 @@ class OwnEnds:
     def pull(self) -> None:
         """FedProx: add mu x (w - the last average's w) to the gradients, before the client's optimizer steps.
 
-        (Li et al. 2020, equation 2.) Weights without a gradient, as of a step that was dropped, stay so.
+        (Li et al. 2020.) Weights without a gradient, as of a step that was dropped, stay so.
         """
         if self._share.proximal:
             for name, weight in self._weights().items():
@@ -112,7 +112,11 @@ class OwnEnds:
             weight.copy_(average.weights[name])
         before = {} if average.since_start else self.residuals
         self._set_residuals(
-            {module: _sum(before.get(module), told.get(module)) for module in before.keys() | told.keys()},
+            before
+            | {
+                name: accumulated(before[name], each) if name in before else each
+                for name, each in told.items()
+            },
             told if not average.since_start else None,
         )
         self._number, self._due, self._weight = average.number, average.due, 0.0
@@ -237,11 +241,6 @@ def _require_fitting(
             f"average {average.number} does not fit this model: is it the same as the other members', with "
             "the same lora=?"
         )
-
-
-def _sum(before: Thin | None, change: Thin | None) -> Thin:
-    parts = [each for each in (before, change) if each is not None]
-    return parts[0] if len(parts) == 1 else thinned(combined(parts, [1.0] * len(parts)))
 
 
 def _dense(matrix: Thin | None, like: Adapted) -> Tensor:

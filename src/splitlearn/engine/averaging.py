@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from splitlearn.model.thin import SMALLEST, Thin, combined, norm, root_of_squares, thinned
+from splitlearn.model.thin import SMALLEST, Thin, accumulated, combined, norm, root_of_squares, thinned
 
 # N members   B, A: LoRA's factors of one module; its matrix is B A
 
@@ -63,7 +63,7 @@ def added(total: Mapping[str, Thin], residual: Mapping[str, Thin]) -> dict[str, 
     """Residuals of several averages as one, by module."""
     sums = dict(total)
     for module, each in residual.items():
-        sums[module] = thinned(combined([sums[module], each], [1.0, 1.0])) if module in sums else each
+        sums[module] = accumulated(sums[module], each) if module in sums else each
     return sums
 
 

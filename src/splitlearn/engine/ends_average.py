@@ -44,8 +44,8 @@ class EndsAverage:
 
     @property
     def nbytes(self) -> int:
-        thin = (*self.residual.values(), *self.residuals.values())
-        return sum(each.nbytes for each in (*self.weights.values(), *thin))
+        thin = [*self.residual.values(), *self.residuals.values()]
+        return sum(each.nbytes for each in self.weights.values()) + sum(each.nbytes for each in thin)
 
     @property
     def file_bytes(self) -> int:

@@ -41,6 +41,19 @@ def combined(parts: Sequence[Thin], factors: Sequence[float]) -> Thin:
     return Thin(torch.cat(ups, dim=1), torch.cat([part.down_RI.double() for part in parts]))
 
 
+def accumulated(before: Thin, change: Thin) -> Thin:
+    """Their sum, in float32; what is no longer thin is multiplied out, beside a unit matrix.
+
+    So neither memory nor time grows with the number of changes.
+    """
+    both = Thin(torch.cat([before.up_OR, change.up_OR], dim=1), torch.cat([before.down_RI, change.down_RI]))
+    out, into = len(both.up_OR), both.down_RI.shape[1]
+    if both.rank <= min(out, into):
+        return both
+    unit = torch.eye(min(out, into), device=both.up_OR.device)
+    return Thin(unit, both.dense()) if out < into else Thin(both.dense(), unit)
+
+
 def norm(matrix: Thin) -> float:
     """Its Frobenius norm."""
     return float(torch.linalg.matrix_norm(_core(matrix)[1]))

@@ -94,13 +94,17 @@ def test_adapters_that_do_nothing_lose_nothing():
     assert not found.residual
 
 
-def test_residuals_add_up():
-    first, second = (mean_of("fedex", [adapter(s), adapter(s + 1)], (1, 2)).residual for s in (1, 5))
-    total = added(added({}, first), second)
+def test_residuals_add_up_and_never_grow_beyond_the_matrix():
+    """By three of rank 3 each, both modules are full; what comes then takes no more room."""
+    each = [mean_of("fedex", [adapter(s), adapter(s + 1)], (1, 2)).residual for s in (1, 5, 9, 13)]
+    total, ranks = {}, []
+    for residual in each:
+        total = added(total, residual)
+        ranks.append([total[module].rank for module in SIZES])
+    assert ranks == [[3, 3], [6, 6], [9, 7], [9, 7]]
     for module in SIZES:
-        wanted = first[module].dense() + second[module].dense()
+        wanted = sum(residual[module].dense() for residual in each)
         torch.testing.assert_close(total[module].dense(), wanted, rtol=1e-5, atol=1e-5)
-        assert total[module].rank <= min(SIZES[module])
 
 
 def test_a_matrix_is_thinned_to_its_rank_and_its_norm_is_its_own():
