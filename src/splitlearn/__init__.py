@@ -8,12 +8,13 @@ if TYPE_CHECKING:
     from splitlearn.server.trunk_server import TrunkServer
     from splitlearn.training.evaluation import TokenWeightedEvaluation, held_out_loss
     from splitlearn.training.trainer import SplitTrainer, SplitTrainerMixin
-    from splitlearn.vocabulary import CohortSettings
+    from splitlearn.vocabulary import CohortSettings, ShareSettings
 
 __version__ = "0.1.0"
 __all__ = [
     "AutoSplitModelForCausalLM",
     "CohortSettings",
+    "ShareSettings",
     "SplitTrainer",
     "SplitTrainerMixin",
     "TokenWeightedEvaluation",
@@ -26,6 +27,7 @@ __all__ = [
 _HOMES = {
     "AutoSplitModelForCausalLM": "splitlearn.client.split_model",
     "CohortSettings": "splitlearn.vocabulary",
+    "ShareSettings": "splitlearn.vocabulary",
     "SplitTrainer": "splitlearn.training.trainer",
     "SplitTrainerMixin": "splitlearn.training.trainer",
     "TokenWeightedEvaluation": "splitlearn.training.evaluation",

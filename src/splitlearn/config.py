@@ -144,6 +144,9 @@ class RunConfig(Settings):
     """Adapters that may be loaded for generation at once, beside those of the runs."""
     max_adapter_bytes: PositiveInt = GIB
     """Largest adapter that may be loaded."""
+    max_ends_bytes: PositiveInt = 4 * GIB
+    """Memory for what cohorts' members have given of their own ends to be averaged, and for those averages,
+    of all runs together."""
     max_checkpoints: PositiveInt = 100
     """Checkpoints that one run may have on disk."""
     disk_budget_bytes: PositiveInt = 100 * GIB

@@ -192,22 +192,41 @@ class CohortSettings:
 
 
 PERSONAL, SYNC = "personal", "sync"
+AVERAGING = ("fedavg", "ffa", "fedex")
+SHARE_RULES = (PERSONAL, SYNC, *AVERAGING)
 
 
 @dataclass(frozen=True, slots=True)
 class ShareSettings:
-    """What a cohort does with the adapters of its members' bottoms and tops.
+    """What the members of a cohort share of their own bottoms and tops, besides the trunk.
 
     `rule` is one of:
-        "personal": each member's are its own; nobody else sees them.
+        "personal": nothing; each member's ends are its own.
         "sync": they are trained as the trunk's is, by the run's optimizer, and all members have the same.
+        "fedavg": the mean of their adapters, A and B each by itself (McMahan et al. 2017).
+        "ffa": the same of B, while A is never trained (FFA-LoRA, Sun et al. 2024): nothing is lost.
+        "fedex": the mean, and what it lacks of the mean of the products is added to the base
+            (FedEx-LoRA, Singhal et al. 2024).
+
+    The last three average every `every` optimizer steps of the run. `proximal` is FedProx's mu (Li et al.
+    2020), which pulls a member's adapters towards the last average (0 does not).
     """
 
     rule: str = PERSONAL
+    every: int = 1
+    proximal: float = 0.0
+
+    @property
+    def is_personal(self) -> bool:
+        return self.rule == PERSONAL
 
     @property
     def is_sync(self) -> bool:
         return self.rule == SYNC
+
+    @property
+    def averages(self) -> bool:
+        return self.rule in AVERAGING
 
 
 class Fate(Enum):
@@ -226,6 +245,19 @@ class Merged:
     round: int = 0
     staleness: int = 0
     members: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Averaged:
+    """The ends of so many members became one.
+
+    `aggregation_residual` is what the new ends lack of the mean of the members' products B A, as a part of
+    that mean's norm.
+    """
+
+    number: int
+    members: int
+    aggregation_residual: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,14 +114,15 @@ def adapter_weights(model: PreTrainedModel, trunk: RemoteTrunk) -> dict[str, Ten
     }
     if trunk.run.settings.lora.r:
         ours |= trunk.transport.download_adapter(trunk.run.name).weights
-    return ours
+    return ours if trunk.own_ends is None else trunk.own_ends.folded(ours)
 
 
 def save_adapter(model: PreTrainedModel, trunk: RemoteTrunk, folder: Path) -> None:
     """Write one folder that `PeftModel.from_pretrained` loads onto the whole model.
 
     A frozen trunk has no part in it: the folder's configuration names the layers that do. What is
-    trained in full is there as it is, and named in `modules_to_save`.
+    trained in full is there as it is, and named in `modules_to_save`. What averages added to the base of a
+    module ("fedex") is folded in, as further rank of its adapter.
     """
     weights = adapter_weights(model, trunk)
     folder.mkdir(parents=True, exist_ok=True)
@@ -142,6 +143,8 @@ def _config_to_save(model: PreTrainedModel, trunk: RemoteTrunk) -> LoraConfig:
         config.layers_to_transform = [layer for layer in layers if layer not in trunk.layers]
     else:
         config = LoraConfig(target_modules=DUMMY_TARGET_MODULES)
+    if trunk.own_ends is not None:
+        trunk.own_ends.fold(config)
     # PEFT puts no adapter into these.
     config.modules_to_save = list(units_in_full(model, trunk)) or None
     config.base_model_name_or_path = model.name_or_path

@@ -16,6 +16,7 @@ from splitlearn.config import ClientConfig
 from splitlearn.errors import CorruptFrame, SettingError, StepTimeout, TrunkUnreachable
 from splitlearn.vocabulary import Phase, Precision, StepKey
 from splitlearn.wire.adapters import adapter_from_parts, adapter_to_parts
+from splitlearn.wire.averages import average_from_parts, given_to_parts
 from splitlearn.wire.frames import FrameFormat
 from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.handshake import (
@@ -28,8 +29,10 @@ from splitlearn.wire.handshake import (
 from splitlearn.wire.messages import (
     AdapterMessage,
     AnswerMessage,
+    AveragedEnds,
     CloseMessage,
     ForkMessage,
+    GivenEnds,
     OpenRun,
     RunFacts,
     RunStepMessage,
@@ -143,6 +146,23 @@ class GrpcTransport:
         with calling(self.address, self._config) as trunk:
             parts = trunk.DownloadAdapter(request, timeout=self._config.train_s)
             return adapter_from_parts(parts, self._config.limits.max_message_bytes)
+
+    def give_ends(self, name: str, at: StepKey, given: GivenEnds) -> None:
+        parts = given_to_parts(name, at, self._client, given, self._config.limits.chunk_bytes)
+        self._call("GiveEnds", parts)
+
+    def take_average(self, name: str, at: StepKey, number: int, since: int) -> AveragedEnds:
+        request = pb.AverageRequest(
+            name=name,
+            client=self._client,
+            run=at.run,
+            incarnation=at.incarnation,
+            number=number,
+            since=since,
+        )
+        with calling(self.address, self._config) as trunk:
+            parts = trunk.TakeAverage(request, timeout=self._config.train_s)
+            return average_from_parts(parts, self._config.limits.max_message_bytes)
 
     def load_adapter(self, adapter: AdapterMessage) -> None:
         self._call("LoadAdapter", adapter_to_parts(adapter, self._client, self._config.limits.chunk_bytes))

@@ -29,8 +29,15 @@ from splitlearn.errors import (
     TrunkUnreachable,
     UnsupportedCall,
 )
-from splitlearn.vocabulary import Merged, Phase, RunSettings
-from splitlearn.wire.messages import AnswerMessage, OptimizerStep, RunFacts, RunStepMessage
+from splitlearn.vocabulary import Merged, Phase, RunSettings, StepKey
+from splitlearn.wire.messages import (
+    AnswerMessage,
+    AveragedEnds,
+    GivenEnds,
+    OptimizerStep,
+    RunFacts,
+    RunStepMessage,
+)
 
 PAUSES_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 ENDS_TRIES = 5
@@ -62,6 +69,7 @@ class MemberRun(ClientRun):
         self._config = config
         assert facts.own is not None
         self.step, self.lease_s = facts.own.step, facts.own.lease_left_s
+        self._done_there = facts.own.step
         self.last_merged: Merged | None = None
         self._ends = ends
         self._heartbeat = Heartbeat(self, self.lease_s)
@@ -223,6 +231,49 @@ class MemberRun(ClientRun):
         self._take_ends(answer)
         self.last_merged = answer.merged
         return answer.merged
+
+    def average(self, given: GivenEnds, since: int) -> AveragedEnds:
+        """Give this member's ends, and wait for the average of all: this one, or a newer.
+
+        Args:
+            since: the last average that this member has.
+
+        Raises:
+            RoundUnfinished: it was not made within `round_s`.
+        """
+        until = time.monotonic() + self._config.round_s
+        while True:
+            back_by = time.monotonic() + self._config.reconnect_s
+            try:
+                _patiently(lambda: self._transport.give_ends(self.name, self._own_key, given), back_by)
+                return self._averaged(given.number, since, until)
+            except RunTakenOver:
+                raise
+            except RunLost:
+                self._rejoin(back_by)
+            except ContributionLost:
+                # The server was restarted between the two.
+                continue
+
+    def _averaged(self, number: int, since: int, until: float) -> AveragedEnds:
+        while True:
+            back_by = time.monotonic() + self._config.reconnect_s
+            try:
+                return _patiently(
+                    lambda: self._transport.take_average(self.name, self._own_key, number, since), back_by
+                )
+            except RoundUnfinished:
+                if time.monotonic() > until:
+                    raise
+
+    @property
+    def is_repeating(self) -> bool:
+        """Whether it is behind what the server had of it when it came: its next step counts already."""
+        return self.step < self._done_there
+
+    @property
+    def _own_key(self) -> StepKey:
+        return StepKey(run=self.number, incarnation=self.incarnation)
 
     def _ask(self, message: RunStepMessage) -> AnswerMessage:
         """The answer, from a server that may be gone for a while.

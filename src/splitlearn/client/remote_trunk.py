@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,16 @@ from splitlearn.client.transport import Transport
 from splitlearn.client.trunk_operation import NO_RUN, Trained, Untrained
 from splitlearn.config import ClientConfig
 from splitlearn.errors import RunLost, UnsupportedCall
-from splitlearn.vocabulary import LoraSettings, Merged, StepKey, Timings, Versions
+from splitlearn.vocabulary import Averaged, Fate, LoraSettings, Merged, StepKey, Timings, Versions
 from splitlearn.wire.messages import (
     AdapterMessage,
     OpenRun,
     OpenSession,
     RunFacts,
 )
+
+if TYPE_CHECKING:
+    from splitlearn.client.ends import OwnEnds
 
 # B rows   T new tokens   D hidden
 
@@ -47,6 +50,10 @@ class RemoteTrunk(nn.Module):
         """What the next optimizer step multiplies the trunk's gradients by; clipping sets it."""
         self.lora = LoraSettings(r=0)
         """The adapter's settings as the user gave them."""
+        self.own_ends: OwnEnds | None = None
+        """What averages bottom and top with the other members', where `share=` says so."""
+        self.last_average: Averaged | None = None
+        """What that last did."""
         # Without it nothing would ask for a gradient where the bottom is frozen.
         self._anchor = torch.zeros((), requires_grad=True)
         self._run: ClientRun | None = None
@@ -122,6 +129,8 @@ class RemoteTrunk(nn.Module):
             weight=weight,
         )
         self.gradient_scale, self._has_stepped = 1.0, True
+        if self.own_ends is not None and merged is not None and merged.fate is not Fate.DROPPED:
+            self.own_ends.count(weight)
         return merged
 
     def skip_step(self) -> None:

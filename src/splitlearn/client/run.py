@@ -20,7 +20,16 @@ from splitlearn.errors import (
     TrunkUnreachable,
     UnappliedGradients,
 )
-from splitlearn.vocabulary import CohortSettings, LoraSettings, Merged, Phase, RunSettings, StepKey, Timings
+from splitlearn.vocabulary import (
+    CohortSettings,
+    LoraSettings,
+    Merged,
+    Phase,
+    RunSettings,
+    ShareSettings,
+    StepKey,
+    Timings,
+)
 from splitlearn.wire.messages import AnswerMessage, OptimizerStep, RunFacts, RunStepMessage
 
 # B rows   T tokens   D hidden
@@ -289,7 +298,9 @@ def _differences(there: RunSettings, wanted: RunSettings) -> Iterator[str]:
         has, asked = getattr(there.cohort, each.name), getattr(wanted.cohort, each.name)
         if has != asked:
             yield f"the cohort's {each.name}: {has}, not {asked}"
-    if there.share != wanted.share:
-        yield f"share: {there.share.rule}, not {wanted.share.rule}"
+    for each in fields(ShareSettings):
+        has, asked = getattr(there.share, each.name), getattr(wanted.share, each.name)
+        if has != asked:
+            yield f"share's {each.name}: {has}, not {asked}"
     if there.allow_download != wanted.allow_download:
         yield f"allow_download: {there.allow_download}, not {wanted.allow_download}"

@@ -35,7 +35,7 @@ from splitlearn.model.masks import FORMS, with_slot_masks
 from splitlearn.model.plan import SplitPlan
 from splitlearn.model.skeleton import decoder_of
 from splitlearn.model.weights import fingerprint, load_client, resolve_dtype
-from splitlearn.vocabulary import CodecId, CohortSettings, TapeSettings
+from splitlearn.vocabulary import PERSONAL, CodecId, CohortSettings, ShareSettings, TapeSettings
 from splitlearn.wire.frames import FrameFormat
 from splitlearn.wire.handshake import ModelIdentity
 
@@ -72,9 +72,9 @@ class AutoSplitModelForCausalLM:
         tape: TapeSettings | None = None,
         allow_download: bool = True,
         cohort: CohortSettings | None = None,
-        share: str = "personal",
         member: str | None = None,
         member_key: str | Path | None = None,
+        share: str | ShareSettings = PERSONAL,
         **settings: Any,
     ) -> PreTrainedModel:
         """The library's own causal LM, whose middle layers run on the trunk server.
@@ -99,8 +99,8 @@ class AutoSplitModelForCausalLM:
             tape: what the trunk keeps of a forward until its gradient comes: all of it by default.
             allow_download: whether the trunk's part of the adapter may be fetched from the server.
             cohort: who trains the run together, by which rule; by default this client alone.
-            share: "sync" trains the adapters of bottom and top with the cohort's trunk, one for all members;
-                the server then sees them and their gradients.
+            share: what the members do with the adapters of their bottoms and tops, a rule's name or
+                ShareSettings; all but "personal" show them to the server.
             member: what this client is called in the cohort.
             member_key: a file with the secret by which the server knows this member again, made where there
                 is none; without it a member is known as long as this object lives.

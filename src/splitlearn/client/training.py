@@ -14,6 +14,7 @@ from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 from transformers import PreTrainedModel
 
 from splitlearn.client.adapter_files import lora_of, start_from
+from splitlearn.client.ends import OwnEnds
 from splitlearn.client.parts import (
     ENDS,
     parameters_around,
@@ -31,7 +32,6 @@ from splitlearn.model.lora import ADAPTER, add_lora, settings_of, weights_of
 from splitlearn.model.skeleton import decoder_of
 from splitlearn.vocabulary import (
     PERSONAL,
-    SYNC,
     CohortSettings,
     LoraSettings,
     OptimizerSettings,
@@ -41,9 +41,9 @@ from splitlearn.vocabulary import (
     TapeSettings,
 )
 from splitlearn.wire.messages import OpenRun
+from splitlearn.wire.share import require_sensible
 
 NOT_TRAINED = LoraSettings(r=0)
-SHARES = (PERSONAL, SYNC)
 CLIP_EPSILON = 1e-6
 
 
@@ -102,29 +102,29 @@ def share_run(
     model: PreTrainedModel,
     cohort: CohortSettings | None,
     member: str | None,
-    share: str = PERSONAL,
+    share: str | ShareSettings = PERSONAL,
 ) -> None:
-    """Plan the run as one that a cohort trains, bottom and top too with `share`; without `cohort` do nothing.
+    """Plan the run as one that a cohort trains; without `cohort` nothing is done.
 
     Raises:
-        SettingError: there is no run to share, or the cohort is not known by name; or bottom and top have
-            no adapters to share.
+        SettingError: there is no run to share, the cohort is not known by name, or `share` makes no sense;
+            or bottom and top have no adapters to share.
+        AdapterError: the adapter is of a kind that `share` cannot average.
     """
     trunk = trunk_of(model)
-    if share not in SHARES:
-        raise SettingError(f"there is no share={share!r}: use one of {', '.join(SHARES)}")
+    share = ShareSettings(share) if isinstance(share, str) else share
+    require_sensible(share, cohort or CohortSettings())
     if cohort is None or cohort.is_private:
         if member is not None:
             raise SettingError("give cohort=CohortSettings(...) with member=: a private run has no members")
-        if share != PERSONAL:
-            raise SettingError(f"give cohort=CohortSettings(...) with share={share!r}: nobody else is there")
         return
     if trunk.planned is None or not trunk.is_named:
         raise SettingError("a cohort trains a run that all its members name: give lora= and run='...'")
-    settings = replace(trunk.planned.settings, cohort=cohort, share=ShareSettings(share))
+    settings = replace(trunk.planned.settings, cohort=cohort, share=share)
     name = member or f"member-{secrets.token_hex(4)}"
     trunk.planned = replace(trunk.planned, settings=settings, member=name)
-    if share == SYNC and trunk.ends is None:
+    trunk.own_ends = OwnEnds(model, trunk, share) if share.averages else None
+    if share.is_sync and trunk.ends is None:
         trunk.ends = SharedEnds(_ends_to_share(model, trunk))
         # Before the bottom computes anything, and before what listens to the call.
         decoder_of(model).register_forward_pre_hook(lambda *_: trunk.refresh_ends(), prepend=True)

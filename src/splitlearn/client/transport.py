@@ -12,8 +12,10 @@ from splitlearn.wire.handshake import Agreement
 from splitlearn.wire.messages import (
     AdapterMessage,
     AnswerMessage,
+    AveragedEnds,
     CloseMessage,
     ForkMessage,
+    GivenEnds,
     OpenRun,
     RunFacts,
     RunStepMessage,
@@ -98,6 +100,14 @@ class Transport(Protocol):
 
     def download_adapter(self, name: str) -> AdapterMessage:
         """The trunk's part of a run's adapter; raises AccessDenied where the run does not allow it."""
+        ...
+
+    def give_ends(self, name: str, at: StepKey, given: GivenEnds) -> None:
+        """Bring this member's part of an average; raises AdapterError where it does not fit the others'."""
+        ...
+
+    def take_average(self, name: str, at: StepKey, number: int, since: int) -> AveragedEnds:
+        """This average or a newer one; raises RoundUnfinished where it takes long, and is asked for again."""
         ...
 
     def load_adapter(self, adapter: AdapterMessage) -> None:

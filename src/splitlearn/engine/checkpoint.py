@@ -206,6 +206,10 @@ class RunStore:
             shutil.rmtree(self._folder / name, ignore_errors=True)
         return freed
 
+    def folder(self, name: str) -> tuple[Path, DiskBudget | None]:
+        """Where all of this run lies, and what everything there is counted in."""
+        return self._folder / name, self._budget
+
     def bytes(self, name: str) -> int:
         """Bytes on the disk; what comes and goes meanwhile may be missed."""
         return sum(size for _, size in sizes_below(self._folder / name))

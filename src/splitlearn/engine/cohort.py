@@ -15,6 +15,7 @@ from splitlearn.engine import round as rounds
 from splitlearn.engine import shared_ends
 from splitlearn.engine.aggregations import aggregation_of
 from splitlearn.engine.contribution import Gradients
+from splitlearn.engine.ends import Awaited
 from splitlearn.engine.failures import explained
 from splitlearn.engine.ledger import Ledger
 from splitlearn.engine.member import Member, State
@@ -76,6 +77,12 @@ class Cohort(Roster):
     def leave(self, member: Member) -> None:
         super().leave(member)
         self._go_on()
+
+    def awaited_for_ends(self) -> Awaited:
+        """Whom an average of ends waits for: nobody whose round waits for those who wait for the average."""
+        waiting = {each.member for each in self._waiting} if self._rule.waits else set()
+        is_complete = len(self.members) >= self._settings.members
+        return Awaited(frozenset(self.active() - waiting), is_complete, self._run.version)
 
     def end(self, error: SplitLearnError) -> None:
         """Nobody waits any more."""

@@ -15,6 +15,7 @@ from splitlearn.engine import optimizer
 from splitlearn.engine.account import Account, unlimited
 from splitlearn.engine.checkpoint import RunSnapshot
 from splitlearn.engine.cohort import Cohort
+from splitlearn.engine.ends import Ends
 from splitlearn.engine.member import Member, key_of
 from splitlearn.engine.trunk_state import AdapterVersion
 from splitlearn.errors import AccessDenied, CheckpointError, MessageError, RunBroken, RunLost
@@ -49,6 +50,8 @@ class Run:
         """Whose steps are a private run's."""
         self.cohort: Cohort | None = None
         """Who shares the run, where it is not private."""
+        self.ends: Ends | None = None
+        """What its members gave of their own ends, where those are averaged."""
         self._broken = ""
         """What failed halfway, where something did."""
         self.account = unlimited()
@@ -130,6 +133,14 @@ class Run:
         if self.cohort is None:
             raise RunLost(f"run {self.name} has no members: it is a private one")
         return self.cohort
+
+    def of_ends(self) -> Ends:
+        """Raises MessageError where no ends are averaged."""
+        if self.ends is None:
+            raise MessageError(
+                f"run {self.name} averages no ends: open it with share='fedavg' or another rule"
+            )
+        return self.ends
 
     @property
     def is_broken(self) -> bool:

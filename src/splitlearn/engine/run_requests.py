@@ -8,11 +8,13 @@ from typing import TypeVar
 
 from splitlearn.engine.adapter_table import AdapterTable
 from splitlearn.engine.checkpoint import RunSnapshot
+from splitlearn.engine.ends import Awaited
 from splitlearn.engine.member import Member
 from splitlearn.engine.run import Run
 from splitlearn.engine.run_table import RunTable
 from splitlearn.engine.step_queue import StepQueue
 from splitlearn.engine.trunk_state import AdapterVersion
+from splitlearn.errors import RunLost
 from splitlearn.vocabulary import StepKey
 from splitlearn.wire.messages import AdapterMessage, OpenRun, RunFacts
 
@@ -96,6 +98,27 @@ class RunRequests:
             RunLost: this client has no such run; AccessDenied: it was opened with `allow_download` off.
         """
         return self._queue.ask(lambda: self._runs.owned(client, name).download())
+
+    def ends(self, client: bytes, key: StepKey) -> Future[tuple[Run, Member]]:
+        """The run whose ends this member averages with others.
+
+        Raises (in the future):
+            RunLost, RunTakenOver, RunBroken: as for its steps; MessageError: none are averaged.
+        """
+        return self._queue.ask(lambda: self._ends(self._runs.find(client, key)))
+
+    def awaited(self, run: Run) -> Future[Awaited]:
+        """Whom an average of this run's ends waits for; raises (in the future) RunLost once it is closed."""
+        return self._queue.ask(lambda: self._awaited(run))
+
+    def _ends(self, member: Member) -> tuple[Run, Member]:
+        member.run.of_ends()
+        return member.run, member
+
+    def _awaited(self, run: Run) -> Awaited:
+        if self._runs.named(run.name) is not run:
+            raise RunLost(f"run {run.name} was closed: join it again")
+        return run.of_cohort().awaited_for_ends()
 
     def load_adapter(self, client: bytes, message: AdapterMessage) -> Future[AdapterVersion]:
         self._refuse_when_draining()

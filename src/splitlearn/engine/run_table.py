@@ -14,6 +14,7 @@ from splitlearn.engine.account import Accounts
 from splitlearn.engine.adapter_table import AdapterTable, fitting
 from splitlearn.engine.checkpoint import RunSnapshot
 from splitlearn.engine.cohort import Cohort
+from splitlearn.engine.ends import Ends, EndsBudget
 from splitlearn.engine.member import Member, State
 from splitlearn.engine.run import Run
 from splitlearn.engine.tape import Tape
@@ -30,6 +31,7 @@ from splitlearn.model import lora
 from splitlearn.monitor.events import Listener
 from splitlearn.vocabulary import Phase, RunSettings, StepKey
 from splitlearn.wire.messages import OpenRun
+from splitlearn.wire.share import require_sensible
 
 
 class RunTable:
@@ -50,6 +52,7 @@ class RunTable:
         self._config = config
         self._runs: dict[str, Run] = {}
         self._by_number: dict[int, Member] = {}
+        self._ends_budget = EndsBudget(config.max_ends_bytes)
         self.changed: Callable[[str], None] | None = None
         """Told of a cohort's run that has something for the disk."""
         self.listener: Listener | None = None
@@ -205,6 +208,8 @@ class RunTable:
             self._tape.forget_run(member.number)
         if run.cohort is not None:
             run.cohort.end(RunLost(f"run {name} was closed: join it again"))
+        if run.ends is not None:
+            run.ends.end()
         run.account.give_back(run.held_bytes)
         if run.slot is not None:
             self._state.slots.remove(run.slot)
@@ -252,6 +257,8 @@ class RunTable:
             raise
         if not settings.cohort.is_private:
             changed = None if self.changed is None else partial(self.changed, run.name)
+            if settings.share.averages:
+                run.ends = Ends(run.name, settings, self._ends_budget)
             run.cohort = Cohort(
                 run,
                 self._config.member_lease_s,
@@ -302,6 +309,7 @@ class RunTable:
         aggregations.require_known(settings.cohort)
         if not settings.cohort.is_private and not settings.lora.r:
             raise SettingError("a cohort trains the trunk together: give lora=, and do not freeze the trunk")
+        require_sensible(settings.share, settings.cohort)
         self._state.require_precision(settings.precision)
         if settings.lora.r:
             lora.check(settings.lora)

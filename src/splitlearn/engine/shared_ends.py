@@ -9,14 +9,12 @@ from torch import Tensor
 
 from splitlearn.engine.contribution import Gradients, scaled
 from splitlearn.errors import MessageError, ResourceExhausted, SettingError
-from splitlearn.vocabulary import PERSONAL, SYNC, RunSettings
+from splitlearn.vocabulary import SYNC, RunSettings
 
 
 def require_known(settings: RunSettings) -> None:
     """Raises SettingError where bottom and top cannot be shared so."""
     rule = settings.share.rule
-    if rule not in (PERSONAL, SYNC):
-        raise SettingError(f"there is no share={rule!r}: use one of {PERSONAL}, {SYNC}")
     if rule == SYNC and settings.cohort.is_private:
         raise SettingError("share='sync' is for the members of a cohort: give cohort=, or leave share out")
 

@@ -9,6 +9,7 @@ import grpc
 
 from splitlearn.errors import SplitLearnError
 from splitlearn.server.client_stream import ClientStream, Hall, Requests, first_hello
+from splitlearn.server.ends_calls import EndsCalls
 from splitlearn.server.facts import facts_of
 from splitlearn.server.refusal import Context, refuse
 from splitlearn.server.run_calls import RunCalls
@@ -21,7 +22,7 @@ from splitlearn.wire.handshake import facts_to_proto
 SERVICE = pb.DESCRIPTOR.services_by_name["Trunk"].full_name
 
 
-class TrunkService(RunCalls, SessionCalls, rpc.TrunkServicer):
+class TrunkService(EndsCalls, RunCalls, SessionCalls, rpc.TrunkServicer):
     """What a client can call."""
 
     def __init__(self, hall: Hall) -> None:

@@ -34,8 +34,10 @@ from splitlearn.wire.handshake import CLIENT_ID_BYTES, Agreement, ModelIdentity
 from splitlearn.wire.messages import (
     AdapterMessage,
     AnswerMessage,
+    AveragedEnds,
     CloseMessage,
     ForkMessage,
+    GivenEnds,
     OpenRun,
     RunFacts,
     RunStepMessage,
@@ -112,6 +114,12 @@ class LoopbackTransport:
 
     def download_adapter(self, name: str) -> AdapterMessage:
         return _within(FORK_S, self._engine.runs.adapter(self._client, name))
+
+    def give_ends(self, name: str, at: StepKey, given: GivenEnds) -> None:
+        raise NotServed("an engine alone averages no ends: use a TrunkServer")
+
+    def take_average(self, name: str, at: StepKey, number: int, since: int) -> AveragedEnds:
+        raise NotServed("an engine alone averages no ends: use a TrunkServer")
 
     def load_adapter(self, adapter: AdapterMessage) -> None:
         _within(FORK_S, self._engine.runs.load_adapter(self._client, adapter))

@@ -22,7 +22,8 @@ class SplitMetrics:
 
     def now(self) -> dict[str, float]:
         """`wire_sent_mb` and `wire_received_mb` since the last log (millions of bytes); `forwarded_again`
-        (what the tape had lost) and `anomalies` since the training began.
+        (what the tape had lost) and `anomalies` since the training began. Where ends are averaged also how
+        often (`averages`), and what the last average lost (`aggregation_residual`).
         """
         sent, received = self._crossed()
         told = {
@@ -31,6 +32,9 @@ class SplitMetrics:
             "forwarded_again": float(self._trunk.run.forwarded_again),
             "anomalies": float(self._anomalies.seen.total()),
         }
+        if (average := self._trunk.last_average) is not None:
+            told["averages"] = float(average.number)
+            told["aggregation_residual"] = average.aggregation_residual
         self._sent, self._received = sent, received
         return told
 

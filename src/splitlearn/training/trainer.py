@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
+from splitlearn.client.ends import OwnEnds
 from splitlearn.client.parts import parts_of, trunk_of
 from splitlearn.client.remote_trunk import RemoteTrunk
 from splitlearn.client.training import clip_grad_norm
@@ -69,7 +70,7 @@ class SplitTrainerMixin:
         if self.args.world_size > 1:
             raise SettingError("a split model is trained by one process: each would train a trunk of its own")
         self._trunk: RemoteTrunk = trunk_of(self.model)
-        if self._trunk.ends is not None and set(learning_rates or ()) & {"bottom", "top"}:
+        if self._trunk.own_ends is not None and set(learning_rates or ()) & {"bottom", "top"}:
             raise SettingError("a cohort that trains bottom and top has one rate for all: name no others")
         self._part_rates = PartRates(learning_rates, self.args.learning_rate)
         self.anomalies = AnomalyWatch(anomalies or AnomalyConfig())
@@ -79,6 +80,8 @@ class SplitTrainerMixin:
         self._split_metrics = SplitMetrics(self._trunk, self.anomalies)
         plan_by_arguments(self._trunk, self.args)
         self.add_callback(_SkippedSteps(self._trunk))  # type: ignore[attr-defined]
+        if self._trunk.own_ends is not None:
+            self.add_callback(_Averages(self._trunk.own_ends))  # type: ignore[attr-defined]
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -190,6 +193,8 @@ class SplitTrainerMixin:
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         save_weights(self.model, folder)
+        if self._trunk.own_ends is not None:
+            self._trunk.own_ends.save(folder)
         if self.processing_class is not None:  # type: ignore[attr-defined]
             self.processing_class.save_pretrained(folder)  # type: ignore[attr-defined]
 
@@ -204,6 +209,8 @@ class SplitTrainerMixin:
         put_weights(self.model, weights)
         # What a cohort trains together is the run's, whatever this side had.
         self._trunk.refresh_ends(anew=True)
+        if self._trunk.own_ends is not None:
+            self._trunk.own_ends.load(folder)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)  # type: ignore[attr-defined]
@@ -251,6 +258,8 @@ class SplitTrainerMixin:
         elif not self._underway.give(rate, lambda: self._clip_own(self.args.max_grad_norm)):
             # Dropped there, so dropped here: without gradients the client's optimizer leaves all as it is.
             self.model.zero_grad(set_to_none=True)
+        elif self._trunk.own_ends is not None:
+            self._trunk.own_ends.pull()
 
     def _restore_rate(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """The schedule knows nothing of steps that were made smaller."""
@@ -310,6 +319,20 @@ class _SkippedSteps(TrainerCallback):
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         if self._trunk.run.unapplied:
             self._trunk.skip_step()
+
+
+class _Averages(TrainerCallback):
+    """Bottom and top become the cohort's average as soon as that is due."""
+
+    def __init__(self, ends: OwnEnds) -> None:
+        self._ends = ends
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        # Whoever comes late, or back, has what the others have; they may be waiting for it.
+        self._ends.average()
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self._ends.average()
 
 
 def _is_same(folder: Path, resumed: str | None) -> bool:

@@ -268,3 +268,37 @@ class AdapterMessage:
     version: int = 0
     lora: LoraSettings = LoraSettings()
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GivenEnds:
+    """What a member gives to average `number` of its run: LoRA weights, by PEFT's names less the prefix.
+
+    `weight` is what they count; `frozen` a digest of what is not trained, and the same for all members.
+    """
+
+    number: int
+    weight: float
+    frozen: int
+    weights: Mapping[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for each in self.weights.values())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AveragedEnds:
+    """Average `number`, of so many members' ends; the next is due when the run is at version `due`.
+
+    `residual` is by module what its base gets in addition, as two thin factors (out, rank) and (rank, in):
+    since the average before, or `since_start`. `lost` is what is still missing of the mean of the products.
+    """
+
+    number: int
+    due: int
+    members: int
+    lost: float
+    weights: Mapping[str, Tensor]
+    residual: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    since_start: bool = False

@@ -40,8 +40,8 @@ def open_run_to_proto(open: OpenRun, client: bytes) -> pb.OpenRunRequest:
         allow_download=settings.allow_download,
         start_from=open.start_from,
         cohort=cohort_to_proto(settings.cohort),
+        share=share_to_proto(settings.share),
         member=open.member,
-        share=pb.ShareSettings(rule=settings.share.rule),
     )
 
 
@@ -112,9 +112,9 @@ def facts_to_proto(facts: RunFacts) -> pb.RunReply:
         seed=facts.settings.seed,
         allow_download=facts.settings.allow_download,
         cohort=cohort_to_proto(facts.settings.cohort),
+        share=share_to_proto(facts.settings.share),
         members=map(_member_to_proto, facts.members),
         member=facts.member,
-        share=pb.ShareSettings(rule=facts.settings.share.rule),
         active_members=facts.active_members,
         known_members=facts.known_members,
     )
@@ -297,6 +297,10 @@ def cohort_from_proto(proto: pb.CohortSettings) -> CohortSettings:
     )
 
 
+def share_to_proto(share: ShareSettings) -> pb.ShareSettings:
+    return pb.ShareSettings(rule=share.rule, every=share.every, proximal=share.proximal)
+
+
 def share_from_proto(proto: pb.ShareSettings) -> ShareSettings:
-    """Without a rule bottoms and tops are personal; which rules there are, the engine knows."""
-    return ShareSettings(proto.rule) if proto.rule else ShareSettings()
+    """Without a rule nothing is shared; whether it makes sense is asked where it is used."""
+    return ShareSettings(proto.rule, proto.every, proto.proximal) if proto.rule else ShareSettings()

@@ -73,10 +73,8 @@ def test_a_runs_snapshot_brings_its_ends_back_with_their_optimizers_state():
     assert not torch.equal(again.current.ends["top.lora_A"], ends()["top.lora_A"])
 
 
-def test_only_cohorts_share_and_only_by_known_rules():
+def test_only_cohorts_share():
     shared_ends.require_known(SHARED)
     shared_ends.require_known(RunSettings())
     with pytest.raises(SettingError, match="cohort"):
         shared_ends.require_known(replace(SHARED, cohort=CohortSettings()))
-    with pytest.raises(SettingError, match="no share"):
-        shared_ends.require_known(replace(SHARED, share=ShareSettings("some")))

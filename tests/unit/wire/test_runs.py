@@ -20,6 +20,7 @@ from splitlearn.vocabulary import (
     Precision,
     Role,
     RunSettings,
+    ShareSettings,
     StepKey,
     TapeSettings,
     Timings,
@@ -73,6 +74,7 @@ EVERYTHING = OpenRun(
         seed=2**64 - 1,
         accumulation=16,
         allow_download=False,
+        share=ShareSettings("fedavg", every=500, proximal=1 / 3),
     ),
     start_from="letters",
 )
@@ -118,7 +120,8 @@ def test_a_cohorts_figures_are_finite_and_none_below_zero(figure, value):
 
 
 def test_where_a_run_stands_arrives():
-    settings = RunSettings(lora=LORA, optimizer=OPTIMIZER, seed=2**64 - 1, allow_download=False)
+    share = ShareSettings("ffa", 7, 1e-17)
+    settings = RunSettings(lora=LORA, optimizer=OPTIMIZER, seed=2**64 - 1, allow_download=False, share=share)
     facts = RunFacts("notes", 2**48 - 1, 3, "open", 12, 11, settings, (4, 8, 12), 2**40, (1, 2**64 - 1, 7))
     assert [facts.digest_of(step) for step in (4, 8, 9)] == [1, 2**64 - 1, 0]
     assert facts_from_proto(pb.RunReply.FromString(facts_to_proto(facts).SerializeToString())) == facts

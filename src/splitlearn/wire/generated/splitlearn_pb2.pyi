@@ -642,10 +642,14 @@ class CohortSettings(_message.Message):
     def __init__(self, rule: _Optional[str] = ..., members: _Optional[int] = ..., quorum: _Optional[int] = ..., timeout_s: _Optional[float] = ..., buffer: _Optional[int] = ..., staleness_exponent: _Optional[float] = ..., staleness_limit: _Optional[int] = ..., carry_late: bool = ..., age_limit_s: _Optional[float] = ..., weighting: _Optional[str] = ..., clip_norm: _Optional[float] = ..., aggregation: _Optional[str] = ..., member_norm: _Optional[float] = ..., byzantine: _Optional[int] = ..., max_weight: _Optional[float] = ..., max_rate: _Optional[float] = ...) -> None: ...
 
 class ShareSettings(_message.Message):
-    __slots__ = ("rule",)
+    __slots__ = ("rule", "every", "proximal")
     RULE_FIELD_NUMBER: _ClassVar[int]
+    EVERY_FIELD_NUMBER: _ClassVar[int]
+    PROXIMAL_FIELD_NUMBER: _ClassVar[int]
     rule: str
-    def __init__(self, rule: _Optional[str] = ...) -> None: ...
+    every: int
+    proximal: float
+    def __init__(self, rule: _Optional[str] = ..., every: _Optional[int] = ..., proximal: _Optional[float] = ...) -> None: ...
 
 class TapeSettings(_message.Message):
     __slots__ = ("recompute", "checkpoint_every", "lease_s")
@@ -828,20 +832,64 @@ class AdapterRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., client: _Optional[bytes] = ...) -> None: ...
 
 class AdapterPart(_message.Message):
-    __slots__ = ("name", "version", "lora", "weights", "last", "client")
+    __slots__ = ("name", "version", "lora", "weights", "last", "client", "given", "averaged")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     LORA_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
+    GIVEN_FIELD_NUMBER: _ClassVar[int]
+    AVERAGED_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     lora: LoraSettings
     weights: _containers.RepeatedCompositeFieldContainer[Frame]
     last: bool
     client: bytes
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., lora: _Optional[_Union[LoraSettings, _Mapping]] = ..., weights: _Optional[_Iterable[_Union[Frame, _Mapping]]] = ..., last: bool = ..., client: _Optional[bytes] = ...) -> None: ...
+    given: GivenEnds
+    averaged: AveragedEnds
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., lora: _Optional[_Union[LoraSettings, _Mapping]] = ..., weights: _Optional[_Iterable[_Union[Frame, _Mapping]]] = ..., last: bool = ..., client: _Optional[bytes] = ..., given: _Optional[_Union[GivenEnds, _Mapping]] = ..., averaged: _Optional[_Union[AveragedEnds, _Mapping]] = ...) -> None: ...
+
+class GivenEnds(_message.Message):
+    __slots__ = ("run", "incarnation", "weight", "frozen_digest")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    FROZEN_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    run: int
+    incarnation: int
+    weight: float
+    frozen_digest: int
+    def __init__(self, run: _Optional[int] = ..., incarnation: _Optional[int] = ..., weight: _Optional[float] = ..., frozen_digest: _Optional[int] = ...) -> None: ...
+
+class AveragedEnds(_message.Message):
+    __slots__ = ("due", "members", "lost", "since_start")
+    DUE_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
+    SINCE_START_FIELD_NUMBER: _ClassVar[int]
+    due: int
+    members: int
+    lost: float
+    since_start: bool
+    def __init__(self, due: _Optional[int] = ..., members: _Optional[int] = ..., lost: _Optional[float] = ..., since_start: bool = ...) -> None: ...
+
+class AverageRequest(_message.Message):
+    __slots__ = ("name", "client", "run", "incarnation", "number", "since")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    client: bytes
+    run: int
+    incarnation: int
+    number: int
+    since: int
+    def __init__(self, name: _Optional[str] = ..., client: _Optional[bytes] = ..., run: _Optional[int] = ..., incarnation: _Optional[int] = ..., number: _Optional[int] = ..., since: _Optional[int] = ...) -> None: ...
 
 class AdapterReply(_message.Message):
     __slots__ = ("name", "version", "bytes")

@@ -94,6 +94,16 @@ class TrunkStub(object):
                 request_serializer=splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.AdapterPart.SerializeToString,
                 response_deserializer=splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.AdapterReply.FromString,
                 _registered_method=True)
+        self.GiveEnds = channel.stream_unary(
+                '/splitlearn.v1.Trunk/GiveEnds',
+                request_serializer=splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.AdapterPart.SerializeToString,
+                response_deserializer=splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.AdapterReply.FromString,
+                _registered_method=True)
+        self.TakeAverage = channel.unary_stream(
+                '/splitlearn.v1.Trunk/TakeAverage',
+                request_serializer=splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.AverageRequest.SerializeToString,
+                response_deserializer=splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.AdapterPart.FromString,
+                _registered_method=True)
         self.UnloadAdapter = channel.unary_unary(
                 '/splitlearn.v1.Trunk/UnloadAdapter',
                 request_serializer=splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.AdapterRequest.SerializeToString,
@@ -194,6 +204,20 @@ class TrunkServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GiveEnds(self, request_iterator, context):
+        """A member's own ends for an average of all members', and that average: it comes once all have given
+        that are there. Whoever waits long is told to ask again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TakeAverage(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def UnloadAdapter(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -280,6 +304,16 @@ def add_TrunkServicer_to_server(servicer, server):
                     servicer.LoadAdapter,
                     request_deserializer=splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.AdapterPart.FromString,
                     response_serializer=splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.AdapterReply.SerializeToString,
+            ),
+            'GiveEnds': grpc.stream_unary_rpc_method_handler(
+                    servicer.GiveEnds,
+                    request_deserializer=splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.AdapterPart.FromString,
+                    response_serializer=splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.AdapterReply.SerializeToString,
+            ),
+            'TakeAverage': grpc.unary_stream_rpc_method_handler(
+                    servicer.TakeAverage,
+                    request_deserializer=splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.AverageRequest.FromString,
+                    response_serializer=splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.AdapterPart.SerializeToString,
             ),
             'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.UnloadAdapter,
@@ -626,6 +660,60 @@ class Trunk(object):
             '/splitlearn.v1.Trunk/LoadAdapter',
             splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.AdapterPart.SerializeToString,
             splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.AdapterReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GiveEnds(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/splitlearn.v1.Trunk/GiveEnds',
+            splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.AdapterPart.SerializeToString,
+            splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.AdapterReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TakeAverage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/splitlearn.v1.Trunk/TakeAverage',
+            splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.AverageRequest.SerializeToString,
+            splitlearn_dot_wire_dot_generated_dot_splitlearn__pb2.AdapterPart.FromString,
             options,
             channel_credentials,
             insecure,
