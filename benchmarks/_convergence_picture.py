@@ -1,4 +1,4 @@
-"""Held-out loss against tokens, a panel a partition, a line a rule; what each costs with a straggler beside."""
+"""Held-out loss against tokens: a panel a partition, a line a rule."""
 
 from __future__ import annotations
 

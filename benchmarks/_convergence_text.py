@@ -1,4 +1,4 @@
-"""Public text of several sources, cut in rows of one length: what installed packages document themselves with."""
+"""Public text of several sources in rows of one length: the docstrings of installed packages."""
 
 from __future__ import annotations
 
