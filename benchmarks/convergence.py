@@ -47,7 +47,7 @@ RULES = {
 }
 PARTITIONS = ("iid", "dirichlet")
 SINGLE, PRIVATE = "single", "private"
-MARKS = (0.0, 0.25, 0.5, 0.75, 1.0)
+MARKS = (0.0, 0.33, 0.66, 1.0)
 WANTED_FALL, WANTED_WORSE = 0.3, 0.01
 ENDLESS = 100_000
 Point = tuple[float, float]
@@ -105,6 +105,7 @@ class Bench:
     setting: Setting
     texts: Texts
     held_out: HeldOut
+    before: float
     clients: Clients
     state: Path
     address: str = ""
@@ -133,7 +134,8 @@ class Bench:
         return self.clients.train(jobs, self.setting.look_s)
 
     def points(self, looks: Sequence[Snapshot], tokens_at: Callable[[int], float]) -> list[Point]:
-        return [(tokens_at(each.version), self.held_out.loss(each.weights)) for each in looks]
+        measured = [(tokens_at(each.version), self.held_out.loss(each.weights)) for each in looks[1:]]
+        return [(0.0, self.before), *measured]
 
 
 # ---------------------------------------------------------------- each rule against one client
@@ -144,8 +146,11 @@ def single(bench: Bench, _: str) -> dict[str, Any]:
     job = bench.job(SINGLE, CohortSettings(), 1, bench.texts.train, rows=CLIENTS)
     found = bench.train([job])
     first, a_step = found.snapshots[0].version, CLIENTS * (bench.setting.tokens - 1)
-    points = bench.points(found.snapshots, lambda version: (version - first) * a_step)
-    return case(found, points)
+
+    def tokens_at(version: int) -> float:
+        return float((version - first) * a_step)
+
+    return case(found, bench.points(at_marks(found.snapshots, tokens_at), tokens_at))
 
 
 def private(bench: Bench, scheme: str) -> dict[str, Any]:
@@ -210,7 +215,8 @@ def with_a_straggler(bench: Bench, rule: str) -> dict[str, Any]:
     tokens_at = counted(bench.state / rule, run)
     points = bench.points(at_marks(found.snapshots, tokens_at), tokens_at)
     told = case(found, points) | {"steps": found.steps}
-    return told | {"tokens_per_s": told["tokens"] / found.seconds}
+    # Up to the last merge that was seen: what is under way then would not be counted.
+    return told | {"tokens_per_s": told["tokens"] / max(found.snapshots[-1].seconds, 1.0)}
 
 
 def loss_at(points: Sequence[Point], tokens: float) -> float | None:
@@ -361,7 +367,7 @@ def main() -> None:
         texts = texts_of(setting.encode, setting.tokens, CLIENTS * setting.steps, setting.held_out_rows, SEED)
         held_out = HeldOut(setting, texts.held_out)
         figures = begun(setting, asked.output) | {"before": held_out.loss({})}
-        bench = Bench(setting, texts, held_out, clients, Path(scratch))
+        bench = Bench(setting, texts, held_out, figures["before"], clients, Path(scratch))
         if asked.question == "rules":
             run_rules(bench, figures, asked.rules, asked.partitions)
         else:
