@@ -19,7 +19,7 @@ EXACT = "fedex"
 class Mean:
     """Adapters' mean by their weights' names; `residual` is what each module's base gets in addition.
 
-    `aggregation_residual` is what is still missing of the mean of the products, as a part of that mean's norm:
+    `aggregation_residual` is what is still missing of the mean of the products, as a part of its norm:
     |sum w B A - (mean B)(mean A) - residual| / |sum w B A| over all modules (0 where that is 0 / 0).
     """
 
