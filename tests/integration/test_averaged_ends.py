@@ -56,10 +56,13 @@ def server_of(folder: Path, state_dir: Path, port: int = 0, **runs: Any) -> Trun
     )
 
 
-def member(folder: Path, server: TrunkServer, name: str, share: ShareSettings, **how: Any) -> PreTrainedModel:
+def member(
+    folder: Path, server: TrunkServer | None, name: str, share: ShareSettings, **how: Any
+) -> PreTrainedModel:
+    if server is not None:
+        how["trunk"] = server.address
     split = AutoSplitModelForCausalLM.from_pretrained(
         folder,
-        trunk=server.address,
         dtype="float32",
         **{"lora": LORA, "run": "together", "cohort": THREE, "member": name, "share": share} | how,
     )
@@ -72,7 +75,8 @@ def members(
 ) -> Iterator[list[PreTrainedModel]]:
     cohort = replace(THREE, members=len(names))
     with server_of(folder, state_dir, **runs) as server:
-        splits = [member(folder, server, name, share, cohort=cohort) for name in names]
+        keys = {name: state_dir / f"key-{name}" for name in names}
+        splits = [member(folder, server, each, share, cohort=cohort, member_key=keys[each]) for each in names]
         try:
             yield splits
         finally:
@@ -202,7 +206,11 @@ def test_a_member_that_is_gone_is_not_waited_for_and_has_the_average_when_it_is_
         at_once(lambda number: take_step(splits[number], number, SHARES[number]), 2)
         averaged(splits[:2])
         # Two were made without it: it is given the newest, and all that was ever added to the bases.
-        splits[2].trunk.run.version = 3
+        assert splits[0].trunk.own_ends.residuals
+        address = splits[2].trunk.transport.address
+        splits[2].close()
+        how = {"trunk": address, "member_key": tmp_path / "key-c"}
+        splits[2] = member(llama, None, "c", ShareSettings("fedex", every=1), **how)
         assert splits[2].trunk.own_ends.average().number == 2
         assert same_ends(splits[2], splits[0])
 
@@ -405,7 +413,7 @@ def test_a_proximal_term_pulls_towards_the_last_average(llama, tmp_path):
 def test_what_was_added_to_the_base_is_in_the_exported_adapter(model, tmp_path):
     with members(model, tmp_path / "state", ShareSettings("fedex", every=1), "ab") as splits:
         # Before the second step B is nothing, so A does not move and nothing is lost.
-        trained_apart(splits, steps=2)
+        trained_apart(splits, steps=3)
         averaged(splits)
         split = splits[0].eval()
         split.save_adapter(tmp_path / "adapter")
@@ -416,5 +424,5 @@ def test_what_was_added_to_the_base_is_in_the_exported_adapter(model, tmp_path):
             split.save_adapter(tmp_path / "without")
             bare = PeftModel.from_pretrained(tiny_whole(model), tmp_path / "without").eval()
             without = bare(IDS, use_cache=False).logits
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-        assert (ours - without).abs().max() > 1e-2
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert (ours - without).norm() > 50 * (ours - theirs).norm()

@@ -96,7 +96,7 @@ class OwnEnds:
         given = GivenEnds(number, self._counts(), self._frozen(), weights)
         average = self._run.average(given, since=self._number)
         self._become(average)
-        self._trunk.last_average = Averaged(average.number, average.members, average.lost)
+        self._trunk.last_average = Averaged(average.number, average.members, average.aggregation_residual)
         return self._trunk.last_average
 
     def _counts(self) -> float:

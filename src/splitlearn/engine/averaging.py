@@ -19,13 +19,13 @@ EXACT = "fedex"
 class Mean:
     """Adapters' mean by their weights' names; `residual` is what each module's base gets in addition.
 
-    `lost` is what is still missing of the mean of the products, as a part of that mean's norm:
+    `aggregation_residual` is what is still missing of the mean of the products, as a part of its norm:
     |sum w B A - (mean B)(mean A) - residual| / |sum w B A| over all modules (0 where that is 0 / 0).
     """
 
     weights: Mapping[str, Tensor]
     residual: Mapping[str, Thin] = field(default_factory=dict)
-    lost: float = 0.0
+    aggregation_residual: float = 0.0
 
 
 def mean_of(rule: str, each: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> Mean:

@@ -184,7 +184,11 @@ class Ends:
         self._budget.give_back(sum(ends.nbytes for ends in each))
         self._newest, self._given = average, {}
         log.info(
-            "ends averaged", run=self._run, number=average.number, members=[*given], lost=round(mean.lost, 9)
+            "ends averaged",
+            run=self._run,
+            number=average.number,
+            members=[*given],
+            aggregation_residual=round(mean.aggregation_residual, 9),
         )
 
     def _average(self, mean: Mean, members: int, version: int, frozen: int) -> EndsAverage:
@@ -193,7 +197,7 @@ class Ends:
             self.number + 1,
             version + self._share.every,
             members,
-            mean.lost,
+            mean.aggregation_residual,
             frozen,
             mean.weights,
             mean.residual,

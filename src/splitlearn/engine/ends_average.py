@@ -36,7 +36,7 @@ class EndsAverage:
     number: int
     due: int
     members: int
-    lost: float
+    aggregation_residual: float
     frozen: int
     weights: Mapping[str, Tensor]
     residual: Mapping[str, Thin] = field(default_factory=dict)
@@ -58,7 +58,13 @@ class EndsAverage:
         residual = self.residual if is_next else self.residuals
         factors = {module: (each.up_OR, each.down_RI) for module, each in residual.items()}
         return AveragedEnds(
-            self.number, self.due, self.members, self.lost, self.weights, factors, since_start=not is_next
+            self.number,
+            self.due,
+            self.members,
+            self.aggregation_residual,
+            self.weights,
+            factors,
+            since_start=not is_next,
         )
 
     def write(self, folder: Path) -> None:
@@ -67,7 +73,10 @@ class EndsAverage:
         Raises:
             CheckpointError: it cannot be; the one before is still there.
         """
-        note = {name: getattr(self, name) for name in ("number", "due", "members", "lost", "frozen")}
+        note = {
+            name: getattr(self, name)
+            for name in ("number", "due", "members", "aggregation_residual", "frozen")
+        }
         unfinished = folder / f"{FILE}.new"
         try:
             if not folder.exists():

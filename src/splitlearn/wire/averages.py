@@ -38,7 +38,10 @@ def average_to_parts(run: str, average: AveragedEnds, part_bytes: int) -> Iterat
     for module, (up, down) in average.residual.items():
         named[module + UP], named[module + DOWN] = up, down
     head = pb.AveragedEnds(
-        due=average.due, members=average.members, lost=average.lost, since_start=average.since_start
+        due=average.due,
+        members=average.members,
+        aggregation_residual=average.aggregation_residual,
+        since_start=average.since_start,
     )
     for part in adapter_to_parts(AdapterMessage(run, average.number, UNTOLD, named), b"", part_bytes):
         if part.name:
@@ -68,5 +71,11 @@ def _average(adapter: AdapterMessage, head: pb.AveragedEnds) -> AveragedEnds:
     except KeyError as missing:
         raise MessageError(f"an average without {missing}: ask again") from None
     return AveragedEnds(
-        adapter.version, head.due, head.members, head.lost, weights, residual, head.since_start
+        adapter.version,
+        head.due,
+        head.members,
+        head.aggregation_residual,
+        weights,
+        residual,
+        head.since_start,
     )

@@ -292,13 +292,14 @@ class AveragedEnds:
     """Average `number`, of so many members' ends; the next is due when the run is at version `due`.
 
     `residual` is by module what its base gets in addition, as two thin factors (out, rank) and (rank, in):
-    since the average before, or `since_start`. `lost` is what is still missing of the mean of the products.
+    since the average before, or `since_start`. `aggregation_residual` is what is still missing of the mean
+    of the products.
     """
 
     number: int
     due: int
     members: int
-    lost: float
+    aggregation_residual: float
     weights: Mapping[str, Tensor]
     residual: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     since_start: bool = False

@@ -49,17 +49,17 @@ THREE = [adapter(seed) for seed in range(3)]
 @pytest.mark.parametrize("rule", ["fedavg", "fedex"])
 def test_what_is_lost_is_told(rule):
     found = mean_of(rule, THREE, SHARES)
-    assert found.lost == pytest.approx(missing(THREE, found), rel=1e-5, abs=1e-7)
-    assert (found.lost > 1e-3) == (rule == "fedavg")
-    assert found.lost < 1e-6 or rule == "fedavg"
+    assert found.aggregation_residual == pytest.approx(missing(THREE, found), rel=1e-5, abs=1e-7)
+    assert (found.aggregation_residual > 1e-3) == (rule == "fedavg")
+    assert found.aggregation_residual < 1e-6 or rule == "fedavg"
 
 
 def test_nothing_is_lost_where_all_have_the_same_a():
     frozen = [adapter(seed, a_seed=7) for seed in range(3)]
-    assert mean_of("fedavg", frozen, SHARES).lost < 1e-6
+    assert mean_of("fedavg", frozen, SHARES).aggregation_residual < 1e-6
     given = [{name: each for name, each in weights.items() if "lora_B" in name} for weights in frozen]
     found = mean_of("ffa", given, SHARES)
-    assert found.lost == 0
+    assert found.aggregation_residual == 0
     for name, mean in found.weights.items():
         wanted = sum(each[name] * share for each, share in zip(given, SHARES, strict=True)) / sum(SHARES)
         torch.testing.assert_close(mean, wanted)
@@ -83,14 +83,14 @@ def test_weights_decide_and_without_any_all_count_alike():
     assert all(torch.equal(even[n], each) for n, each in mean_of("fedavg", THREE, (3, 3, 3)).weights.items())
     alone = mean_of("fedavg", THREE, (0.0, 4.0, 0.0))
     assert all(torch.equal(alone.weights[name], each) for name, each in THREE[1].items())
-    assert alone.lost < 1e-6
+    assert alone.aggregation_residual < 1e-6
     assert not torch.equal(even["q_proj.lora_B.weight"], alone.weights["q_proj.lora_B.weight"])
 
 
 def test_adapters_that_do_nothing_lose_nothing():
     nothing = {name: torch.zeros_like(each) for name, each in THREE[0].items()}
     found = mean_of("fedex", [nothing, nothing], (1, 1))
-    assert found.lost == 0
+    assert found.aggregation_residual == 0
     assert not found.residual
 
 

@@ -113,7 +113,12 @@ def test_an_average_outlives_the_server_and_what_was_only_given_does_not(tmp_pat
     kept = again.find("a", 1)
     assert told is not None
     assert kept is not None
-    assert (kept.number, kept.due, kept.members, kept.lost) == (1, 2 * EVERY, 2, told.lost)
+    assert (kept.number, kept.due, kept.members, kept.aggregation_residual) == (
+        1,
+        2 * EVERY,
+        2,
+        told.aggregation_residual,
+    )
     assert all(torch.equal(each, kept.weights[name]) for name, each in told.weights.items())
     assert torch.equal(kept.residuals["layer"].dense(), told.residuals["layer"].dense())
     with pytest.raises(ContributionLost, match="give them again"):

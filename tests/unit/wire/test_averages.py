@@ -42,7 +42,7 @@ def test_what_a_member_gives_arrives():
 def test_an_average_arrives_with_its_residuals(since_start):
     average = AveragedEnds(3, 2**40, 5, 1e-17, WEIGHTS, RESIDUAL, since_start)
     found = average_from_parts(over_the_wire(average_to_parts("notes", average, PART)), MAX)
-    assert (found.number, found.due, found.members, found.lost) == (3, 2**40, 5, 1e-17)
+    assert (found.number, found.due, found.members, found.aggregation_residual) == (3, 2**40, 5, 1e-17)
     assert found.since_start == since_start
     assert found.weights.keys() == WEIGHTS.keys()
     for module, factors in RESIDUAL.items():

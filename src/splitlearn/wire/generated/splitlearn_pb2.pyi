@@ -864,16 +864,16 @@ class GivenEnds(_message.Message):
     def __init__(self, run: _Optional[int] = ..., incarnation: _Optional[int] = ..., weight: _Optional[float] = ..., frozen_digest: _Optional[int] = ...) -> None: ...
 
 class AveragedEnds(_message.Message):
-    __slots__ = ("due", "members", "lost", "since_start")
+    __slots__ = ("due", "members", "aggregation_residual", "since_start")
     DUE_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
-    LOST_FIELD_NUMBER: _ClassVar[int]
+    AGGREGATION_RESIDUAL_FIELD_NUMBER: _ClassVar[int]
     SINCE_START_FIELD_NUMBER: _ClassVar[int]
     due: int
     members: int
-    lost: float
+    aggregation_residual: float
     since_start: bool
-    def __init__(self, due: _Optional[int] = ..., members: _Optional[int] = ..., lost: _Optional[float] = ..., since_start: bool = ...) -> None: ...
+    def __init__(self, due: _Optional[int] = ..., members: _Optional[int] = ..., aggregation_residual: _Optional[float] = ..., since_start: bool = ...) -> None: ...
 
 class AverageRequest(_message.Message):
     __slots__ = ("name", "client", "run", "incarnation", "number", "since")
