@@ -94,6 +94,12 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path, added, words)
     assert words in refused.value.message
 
 
+def test_who_measures_the_bare_model_is_not_killed_for_good(tmp_path):
+    kill = "faults: {kill: [{client: 1, at_step: 1, back_after_s: null}, {client: 2, at_step: 1}]}"
+    assert read(tmp_path, WHOLE + kill).first_who_stays == 2
+    assert read(tmp_path, WHOLE).first_who_stays == 1
+
+
 @pytest.mark.parametrize("text", ["", "3", "a: [", "- a"])
 def test_what_is_no_list_of_settings_is_refused(tmp_path, text):
     with pytest.raises(SettingError, match=r"simulation\.yaml"):

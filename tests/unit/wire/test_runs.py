@@ -14,7 +14,9 @@ from splitlearn.config import WireLimits
 from splitlearn.errors import CorruptFrame, FrameError, MessageError, SplitLearnError
 from splitlearn.vocabulary import (
     CohortSettings,
+    Fate,
     LoraSettings,
+    Merged,
     OptimizerSettings,
     Phase,
     Precision,
@@ -32,6 +34,7 @@ from splitlearn.wire.generated import splitlearn_pb2 as pb
 from splitlearn.wire.messages import (
     AdapterMessage,
     AnswerMessage,
+    MemberFacts,
     OpenRun,
     OptimizerStep,
     RunFacts,
@@ -125,6 +128,19 @@ def test_where_a_run_stands_arrives():
     facts = RunFacts("notes", 2**48 - 1, 3, "open", 12, 11, settings, (4, 8, 12), 2**40, (1, 2**64 - 1, 7))
     assert [facts.digest_of(step) for step in (4, 8, 9)] == [1, 2**64 - 1, 0]
     assert facts_from_proto(pb.RunReply.FromString(facts_to_proto(facts).SerializeToString())) == facts
+
+
+def test_where_each_member_stands_arrives():
+    merged = Merged(Fate.MERGED, round=9, staleness=2, members=3)
+    members = (
+        MemberFacts("a", "active", 2, 7, 41.5, merged, version=0),
+        MemberFacts("b", "left", 1, 3, 0.0, Merged(Fate.DROPPED), version=None),
+        MemberFacts("c", "lapsed"),
+    )
+    facts = RunFacts("notes", members=members, member="a", active_members=1, known_members=3)
+    arrived = facts_from_proto(pb.RunReply.FromString(facts_to_proto(facts).SerializeToString()))
+    assert (arrived.members, arrived.own) == (members, members[0])
+    assert (arrived.active_members, arrived.known_members) == (1, 3)
 
 
 @pytest.mark.parametrize("name", ["a", "0", "Notes-of_2026.07", "run-" + "0" * 16, "a..b", "x" * 64])

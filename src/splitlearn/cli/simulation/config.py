@@ -144,6 +144,12 @@ class Simulation(Settings):
         """Raises SettingError where the scheme lacks a setting, or does not read one."""
         return self.partition.model_copy(update={"clients": self.all_clients}).filled_in()
 
+    @property
+    def first_who_stays(self) -> int:
+        """A client that is not killed for good."""
+        gone = {kill.client for kill in self.faults.kill if kill.back_after_s is None}
+        return next((number for number in range(1, self.clients + 1) if number not in gone), 1)
+
     def factor_of(self, client: int) -> float:
         return next((each.factor for each in self.stragglers if each.client == client), 1.0)
 

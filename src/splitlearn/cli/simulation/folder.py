@@ -109,7 +109,7 @@ class Folder:
             member=client.name,
             factor=client.factor,
             held_out=data / f"{HELD_OUT}.jsonl" if self.has_held_out else None,
-            measures_before=client.number == 1,
+            measures_before=client.number == config.first_who_stays,
             tensorboard=self.root / CURVES / client.name,
             patience_s=config.deadline_s,
         )
