@@ -1,5 +1,6 @@
 """Every example runs as it is, on a tiny model."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,9 @@ def run(name: str, *words: object) -> subprocess.CompletedProcess[str]:
 def test_every_example_is_run_here():
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
         "benchmark_acceleration.py",
+        "federated_learning.py",
         "generate_with_cache.py",
+        "multi_client_training.py",
         "train_lora.py",
     }
 
@@ -56,3 +59,29 @@ def test_train_lora_starts_its_own_server_and_learns(model_folder, tmp_path):
     assert after < before
     assert whole == pytest.approx(after, abs=2e-4)
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+
+
+def held_out_losses(said: str) -> tuple[float, float]:
+    """Before and after."""
+    before, after = (float(line.split()[-1]) for line in said.splitlines() if line.startswith("held-out"))
+    return before, after
+
+
+def test_multi_client_training_makes_rounds_of_all_and_learns(tmp_path):
+    done = run("multi_client_training.py", "--learning-rate", 2e-2, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    before, after = held_out_losses(done.stdout)
+    assert after < before
+    steps = [line for line in done.stdout.splitlines() if ": step " in line]
+    assert len(steps) == 24
+    assert sorted(line.rpartition(" ")[2] for line in steps) == sorted(3 * [str(at) for at in range(1, 9)])
+    assert (tmp_path / "adapter_config.json").is_file()
+
+
+def test_federated_learning_goes_on_after_a_death_and_learns():
+    done = run("federated_learning.py", "--learning-rate", 2e-2)
+    assert done.returncode == 0, done.stderr
+    before, after = held_out_losses(done.stdout)
+    assert after < before
+    killed, back = (int(re.search(f"{what} step (\\d+)", done.stdout)[1]) for what in ("after", "at"))
+    assert 4 <= killed < back <= 8, "it has gone on where it was, and not begun anew"
