@@ -261,13 +261,13 @@ def test_what_cannot_be_shared_is_said(model):
             here.member("a", cohort, freeze=("bottom", "top"))
         with pytest.raises(SettingError, match="cohort"):
             share_run(here.client(), None, None, "sync")
-        with pytest.raises(SettingError, match="no share="):
+        with pytest.raises(SettingError, match="no share rule"):
             share_run(here.client(), cohort, "a", "nothing")
         one = here.member("a", cohort)
         _ = one.trunk.run
         other = here.client()
         share_run(other, cohort, "b")
-        with pytest.raises(SettingError, match="share: sync, not personal"):
+        with pytest.raises(SettingError, match="rule: sync, not personal"):
             _ = other.trunk.run
         frozen = here.member("b", cohort, freeze=("bottom",))
         with pytest.raises(SettingError, match="other weights of bottom and top"):
@@ -278,7 +278,7 @@ def test_what_cannot_be_shared_is_said(model):
         key = personal.trunk.run._key(Phase.ENDS)
         with pytest.raises(MessageError, match="leaves bottoms and tops"):
             personal.trunk.transport.run_step(RunStepMessage(key))
-        for split in (one, personal):
+        for split in (one, other, frozen, personal):
             split.close()
 
 
