@@ -241,7 +241,11 @@ def test_nobody_does_steps_of_another_clients_run_though_its_number_is_listed(cl
         unknown = refusal(bank.train, replace(listed, number=listed.number ^ 2), phase, **how)
         assert isinstance(there, RunLost)
         assert (there.message, there.facts) == (unknown.message, unknown.facts)
-    answers = {phase: clinic.train(listed, phase, **how) for phase, how in steps.items() if how == {} and phase is not Phase.ENDS}
+    answers = {
+        phase: clinic.train(listed, phase, **how)
+        for phase, how in steps.items()
+        if how == {} and phase is not Phase.ENDS
+    }
     assert answers[Phase.BACKWARD].activation_BTD is not None, "its tape is there"
     assert clinic.train(listed, Phase.OPTIMIZER_STEP, **steps[Phase.OPTIMIZER_STEP]).versions.version == 1
 
