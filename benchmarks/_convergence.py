@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from _kill import zygote
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM
 
-from splitlearn import AutoSplitModelForCausalLM
+from splitlearn import AutoSplitModelForCausalLM, held_out_loss
 from splitlearn.client.calls import describe
 from splitlearn.client.grpc_transport import GrpcTransport
 from splitlearn.client.member_key import client_key
@@ -22,6 +23,7 @@ from splitlearn.client.training import plan_run
 from splitlearn.config import ClientConfig
 from splitlearn.engine.ledger import read, rounds
 from splitlearn.errors import ContributionLost, SplitLearnError, StaleGradient
+from splitlearn.model.lora import ADAPTER, add_lora, settings_of, weights_of
 from splitlearn.vocabulary import CohortSettings, OptimizerSettings
 from splitlearn.wire.frames import FrameFormat
 from splitlearn.wire.handshake import ModelIdentity
@@ -29,7 +31,10 @@ from splitlearn.wire.handshake import ModelIdentity
 SEED, CONNECT_S, WAIT_S, POLL_S = 0, 10.0, 900.0, 0.2
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
 FROZEN = ("bottom", "top")
+CLIENTS, SLOWNESS, SINGLE = 5, 10.0, "single"
 Weights = dict[str, torch.Tensor]
+Point = tuple[float, float]
+"""Tokens that were merged, and the held-out loss then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +144,22 @@ def _step(split: Any, job: Job, step: int) -> None:
 
 
 # ---------------------------------------------------------------- from outside
+
+
+class HeldOut:
+    """The whole model, whose trunk takes on a run's adapter to be measured."""
+
+    def __init__(self, model: Path, rows: torch.Tensor) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        add_lora(self._model, settings_of(LORA, self._model.config.model_type), ADAPTER, SEED)
+        self._own = weights_of(self._model, ADAPTER)
+        self._batches = [{"input_ids": each, "labels": each} for each in rows.split(6)]
+
+    @torch.no_grad()
+    def loss(self, weights: Weights) -> float:
+        for name, weight in weights.items():
+            self._own[name].copy_(weight)
+        return held_out_loss(self._model, self._batches)
 
 
 @dataclass(slots=True)

@@ -19,26 +19,35 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import _common
 import torch
-from _common import markdown, serving, write
-from _convergence import LORA, SEED, Clients, Job, Snapshot, Trained, Weights, tokens_by_version
-from _convergence_picture import draw
+from _common import serving
+from _convergence import (
+    CLIENTS,
+    SEED,
+    SINGLE,
+    SLOWNESS,
+    Clients,
+    HeldOut,
+    Job,
+    Point,
+    Snapshot,
+    Trained,
+    tokens_by_version,
+)
+from _convergence_report import report, shortcomings
 from _convergence_text import SOURCES, Encode, Texts, texts_of, versions
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from splitlearn import held_out_loss
 from splitlearn.cli.demo_model import bundled_model
-from splitlearn.model.lora import ADAPTER, add_lora, settings_of, weights_of
 from splitlearn.testing.pair import lively_model
 from splitlearn.training import partition
 from splitlearn.vocabulary import CohortSettings
 
-CLIENTS, ALPHA, SLOWNESS = 5, 0.3, 10.0
+ALPHA = 0.3
 RULES = {
     "sync": CohortSettings("sync", members=CLIENTS),
     "quorum": CohortSettings("quorum", members=CLIENTS, quorum=4, timeout_s=1.0, carry_late=True),
@@ -46,12 +55,9 @@ RULES = {
     "buffered": CohortSettings("buffered", members=CLIENTS, buffer=CLIENTS),
 }
 PARTITIONS = ("iid", "dirichlet")
-SINGLE, PRIVATE = "single", "private"
+PRIVATE = "private"
 MARKS = (0.0, 0.33, 0.66, 1.0)
-WANTED_FALL, WANTED_WORSE = 0.3, 0.01
 ENDLESS = 100_000
-Point = tuple[float, float]
-"""Tokens that were merged, and the held-out loss then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,22 +86,6 @@ class Setting:
             "alpha": ALPHA,
             "sources": versions(),
         }
-
-
-class HeldOut:
-    """The whole model, whose trunk takes on a run's adapter to be measured."""
-
-    def __init__(self, setting: Setting, rows: torch.Tensor) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(setting.model, dtype=torch.float32)
-        add_lora(self._model, settings_of(LORA, self._model.config.model_type), ADAPTER, SEED)
-        self._own = weights_of(self._model, ADAPTER)
-        self._batches = [{"input_ids": each, "labels": each} for each in rows.split(6)]
-
-    @torch.no_grad()
-    def loss(self, weights: Weights) -> float:
-        for name, weight in weights.items():
-            self._own[name].copy_(weight)
-        return held_out_loss(self._model, self._batches)
 
 
 @dataclass(slots=True)
@@ -219,82 +209,6 @@ def with_a_straggler(bench: Bench, rule: str) -> dict[str, Any]:
     return told | {"tokens_per_s": told["tokens"] / max(found.snapshots[-1].seconds, 1.0)}
 
 
-def loss_at(points: Sequence[Point], tokens: float) -> float | None:
-    """On the straight line between two looks; None beyond the last."""
-    for (left, high), (right, low) in pairwise(points):
-        if left <= tokens <= right:
-            return high + (low - high) * (tokens - left) / (right - left)
-    return None
-
-
-# ---------------------------------------------------------------- what is told
-
-
-def report(figures: dict[str, Any]) -> None:
-    """After each case, so that nothing is lost where the next one fails."""
-    tables = []
-    if figures.get("rules"):
-        tables += [rules_table(figures)]
-        draw(figures, _common.RESULTS / "convergence.png")
-        tables += ["![held-out loss against tokens](convergence.png)"]
-    if figures.get("straggler"):
-        tables += [straggler_table(figures["straggler"], figures["seconds"])]
-    told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures["setting"].items())
-    write("convergence", figures, "\n\n".join([*tables, f"Setting: {told}."]))
-
-
-def rules_table(figures: dict[str, Any]) -> str:
-    rules, before = figures["rules"], figures["before"]
-    one = rules.get(f"{SINGLE}/all", {}).get("loss")
-    rows = []
-    for name, each in rules.items():
-        worse = f"{each['loss'] / one - 1:+.2%}" if one else ""
-        rule, scheme = name.split("/")
-        fall = before - each["loss"]
-        cells = (f"{each['loss']:.4f}", f"{fall:.4f}", worse, f"{each['tokens']:,.0f}")
-        rows.append((rule, scheme, *cells, f"{each['seconds']:.0f}"))
-    header = (
-        "rule",
-        "data",
-        f"held-out loss, nats (before: {before:.4f})",
-        "fall",
-        "over one client's (wanted of sync, iid: <= +1 %)",
-        "tokens merged",
-        "seconds",
-    )
-    return markdown(header, rows)
-
-
-def straggler_table(found: dict[str, Any], seconds: float) -> str:
-    sync = found.get("sync")
-    rows = []
-    for rule, each in found.items():
-        there = loss_at(each["points"], sync["tokens"]) if sync else None
-        ratio = f"{each['tokens_per_s'] / sync['tokens_per_s']:.2f}" if sync else ""
-        cells = (f"{each['tokens_per_s']:.1f}", ratio, f"{each['tokens']:,.0f}", f"{each['loss']:.4f}")
-        rows.append((rule, *cells, f"{there:.4f}" if there is not None else "not reached"))
-    header = (
-        f"one of {CLIENTS} takes {SLOWNESS:g} x as long",
-        "tokens merged a second",
-        "over sync's",
-        f"tokens in {seconds:g} s",
-        "held-out loss then",
-        "held-out loss at sync's tokens, between two looks",
-    )
-    return markdown(header, rows)
-
-
-def shortcomings(figures: dict[str, Any]) -> list[str]:
-    rules = figures.get("rules", {})
-    one, sync = rules.get(f"{SINGLE}/all"), rules.get("sync/iid")
-    wrong = []
-    if one and figures["before"] - one["loss"] < WANTED_FALL:
-        wrong.append(f"one client's loss fell by less than {WANTED_FALL}")
-    if one and sync and sync["loss"] > (1 + WANTED_WORSE) * one["loss"]:
-        wrong.append("sync's loss is more than 1 % over one client's")
-    return wrong
-
-
 # ---------------------------------------------------------------- the command
 
 
@@ -365,7 +279,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, Clients.started(CLIENTS) as clients:
         setting = setting_of(asked, Path(scratch))
         texts = texts_of(setting.encode, setting.tokens, CLIENTS * setting.steps, setting.held_out_rows, SEED)
-        held_out = HeldOut(setting, texts.held_out)
+        held_out = HeldOut(setting.model, texts.held_out)
         figures = begun(setting, asked.output) | {"before": held_out.loss({})}
         bench = Bench(setting, texts, held_out, figures["before"], clients, Path(scratch))
         if asked.question == "rules":
