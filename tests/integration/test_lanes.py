@@ -209,7 +209,7 @@ def test_a_close_that_overtakes_the_opening_of_its_session_closes_it(
         return answer
 
     monkeypatch.setattr(pair.engine, "submit", submitted)
-    pair.split.trunk._config = ClientConfig(decode_s=1.0)
+    pair.split.trunk._plain_steps._config = ClientConfig(decode_s=1.0)
     holding.set()
     with pytest.raises(StepTimeout, match="decode_s, prefill_s"), torch.no_grad():
         pair.split(IDS, use_cache=True)
