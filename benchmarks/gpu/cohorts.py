@@ -28,6 +28,7 @@ import round_cost
 import tenants
 from _common import Server, serving
 from _tenant import Tenant
+from training import SHAPE as BILLION
 
 SECTIONS = ("exact", "memory", "rounds", "waiting")
 SMALL = {
@@ -38,17 +39,6 @@ SMALL = {
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
     "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-}
-BILLION = {
-    "vocab_size": 128_256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
-    "rope_theta": 5e5,
     "tie_word_embeddings": True,
 }
 CLIENTS, ROUNDS, MB = (2, 5), 3, 1 << 20
@@ -62,19 +52,22 @@ def model(bench: Bench, shape: dict[str, object], dtype: torch.dtype) -> Iterato
         yield Path(folder)
 
 
+def where(bench: Bench) -> tuple[str, ...]:
+    return ("--device", bench.device, "--dtype", str(bench.dtype).removeprefix("torch."))
+
+
 @contextmanager
-def server_of(bench: Bench, folder: Path, *flags: str) -> Iterator[Server]:
-    dtype = str(bench.dtype).removeprefix("torch.")
-    where = ("--device", bench.device, "--dtype", dtype)
+def server_of(bench: Bench, folder: Path) -> Iterator[tuple[Server, Path]]:
+    """With the folder that its state lies in."""
     with (
         tempfile.TemporaryDirectory() as state,
-        serving(folder, "--state-dir", state, *where, *flags) as server,
+        serving(folder, "--state-dir", state, *where(bench)) as server,
     ):
-        yield server
+        yield server, Path(state)
 
 
 def exact(bench: Bench) -> None:
-    with model(bench, SMALL, torch.float32) as folder, server_of(bench, folder) as server:
+    with model(bench, SMALL, torch.float32) as folder, server_of(bench, folder) as (server, _):
         at = cohort_parity.Place(folder, server.address, bench.device, tokens=bench.shape["vocab_size"])
         for count in CLIENTS:
             found = cohort_parity.measure(at, count)
@@ -88,7 +81,7 @@ def exact(bench: Bench) -> None:
 
 def memory(bench: Bench) -> None:
     """In multiples of (adapter + optimizer): float32 weights, and two moments of each."""
-    with model(bench, BILLION, torch.bfloat16) as folder, server_of(bench, folder) as server:
+    with model(bench, BILLION, torch.bfloat16) as folder, server_of(bench, folder) as (server, _):
         held, there = [used(bench)], []
         for number in range(tenants.TENANTS):
             there.append(Tenant(server.address))
@@ -119,27 +112,24 @@ def used(bench: Bench) -> int:
 
 
 def rounds(bench: Bench) -> None:
-    with model(bench, BILLION, torch.bfloat16) as folder, tempfile.TemporaryDirectory() as state:
-        where = ("--device", bench.device, "--dtype", str(bench.dtype).removeprefix("torch."))
-        with serving(folder, "--state-dir", state, *where) as server:
-            for rank in round_cost.RANKS:
-                found = round_cost.measure(server.address, Path(state), rank, rows=4)
-                bench.note(
-                    f"a round, rank {rank}, 4 x {round_cost.TOKENS} tokens",
-                    private_ms=found.private_ms,
-                    cohort_ms=found.cohort_ms,
-                    ratio=found.ratio,
-                    round_mb=found.round_bytes / MB,
-                )
+    with model(bench, BILLION, torch.bfloat16) as folder, server_of(bench, folder) as (server, state):
+        for rank in round_cost.RANKS:
+            found = round_cost.measure(server.address, state, rank, rows=4)
+            bench.note(
+                f"a round, rank {rank}, 4 x {round_cost.TOKENS} tokens",
+                private_ms=found.private_ms,
+                cohort_ms=found.cohort_ms,
+                ratio=found.ratio,
+                round_mb=found.round_bytes / MB,
+            )
 
 
 def waiting(bench: Bench) -> None:
     tenants.SECONDS, tenants.ROUNDS, tenants.SETTLE_S = (1.0, 1, 0.5) if bench.is_tiny else (8.0, ROUNDS, 2.0)
     # The text has the same quota, and shall not wait for it.
     tenants.QUOTAS = {"400 tokens/s": ("--quota-tokens", "400"), "none": ()}
-    dtype = str(bench.dtype).removeprefix("torch.")
-    tenants.FLAGS = (*tenants.FLAGS, "--device", bench.device, "--dtype", dtype)
     with model(bench, BILLION, torch.bfloat16) as folder, tempfile.TemporaryDirectory() as state:
+        tenants.FLAGS = (*tenants.FLAGS, *where(bench))
         for name, pairs in tenants.waiting(folder, state).items():
             bench.note(
                 f"beside a tenant with quota {name}",

@@ -10,9 +10,9 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
-from splitlearn import AutoSplitModelForCausalLM, TrunkServer
+from splitlearn import AutoSplitModelForCausalLM, SplitTrainer, TrunkServer
 from splitlearn.client.split_model import connect
 from splitlearn.client.training import clip_grad_norm, plan_run, prepare_training, share_run
 from splitlearn.config import BatchingConfig, ClientConfig
@@ -383,3 +383,16 @@ def altered(events: Sequence[Event]) -> list[Event]:
     first, *rest = events[at].parts
     parts = (replace(first, coefficient=first.coefficient * 1.01), *rest)
     return [*events[:at], replace(events[at], parts=parts), *events[at + 1 :]]
+
+
+def test_ends_that_all_train_together_have_no_rate_of_their_own(model, tmp_path):
+    """Those that a member averages are its own until then: they may."""
+    arguments, cohort = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]), CohortSettings("sync")
+    with place(model) as here:
+        own, shared = here.client(), here.member("b", cohort)
+        share_run(own, cohort, "a", "fedavg")
+        SplitTrainer(own, arguments, learning_rates={"bottom": 1e-3})
+        with pytest.raises(SettingError, match="one rate for all"):
+            SplitTrainer(shared, arguments, learning_rates={"bottom": 1e-3})
+        for split in (own, shared):
+            split.close()

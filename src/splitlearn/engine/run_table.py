@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from splitlearn.config import RunConfig
-from splitlearn.engine import aggregations, optimizer, rules, shared_ends
+from splitlearn.engine import aggregations, optimizer, rules
 from splitlearn.engine.account import Accounts
 from splitlearn.engine.adapter_table import AdapterTable, fitting
 from splitlearn.engine.checkpoint import RunSnapshot
@@ -305,7 +305,6 @@ class RunTable:
         """Before anything is added to the trunk."""
         optimizer.require_known(settings.optimizer)
         rules.require_known(settings.cohort)
-        shared_ends.require_known(settings)
         aggregations.require_known(settings.cohort)
         if not settings.cohort.is_private and not settings.lora.r:
             raise SettingError("a cohort trains the trunk together: give lora=, and do not freeze the trunk")

@@ -8,15 +8,7 @@ import torch
 from torch import Tensor
 
 from splitlearn.engine.contribution import Gradients, scaled
-from splitlearn.errors import MessageError, ResourceExhausted, SettingError
-from splitlearn.vocabulary import SYNC, RunSettings
-
-
-def require_known(settings: RunSettings) -> None:
-    """Raises SettingError where bottom and top cannot be shared so."""
-    rule = settings.share.rule
-    if rule == SYNC and settings.cohort.is_private:
-        raise SettingError("share='sync' is for the members of a cohort: give cohort=, or leave share out")
+from splitlearn.errors import MessageError, ResourceExhausted
 
 
 def first(weights: Mapping[str, Tensor], trunk: Collection[str], max_bytes: int) -> dict[str, Tensor]:

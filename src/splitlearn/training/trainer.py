@@ -70,7 +70,7 @@ class SplitTrainerMixin:
         if self.args.world_size > 1:
             raise SettingError("a split model is trained by one process: each would train a trunk of its own")
         self._trunk: RemoteTrunk = trunk_of(self.model)
-        if self._trunk.own_ends is not None and set(learning_rates or ()) & {"bottom", "top"}:
+        if self._trunk.ends is not None and set(learning_rates or ()) & {"bottom", "top"}:
             raise SettingError("a cohort that trains bottom and top has one rate for all: name no others")
         self._part_rates = PartRates(learning_rates, self.args.learning_rate)
         self.anomalies = AnomalyWatch(anomalies or AnomalyConfig())

@@ -1,6 +1,5 @@
 """What a run takes of its members' bottoms and tops is checked, counted and bounded before it is trained."""
 
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from splitlearn.engine import optimizer, shared_ends
 from splitlearn.engine.run import Run
 from splitlearn.errors import MessageError, ResourceExhausted, SettingError
 from splitlearn.vocabulary import CohortSettings, OptimizerSettings, RunSettings, ShareSettings
+from splitlearn.wire.share import require_sensible
 
 SHARED = RunSettings(
     optimizer=OptimizerSettings(), cohort=CohortSettings("sync", members=2), share=ShareSettings("sync")
@@ -74,7 +74,7 @@ def test_a_runs_snapshot_brings_its_ends_back_with_their_optimizers_state():
 
 
 def test_only_cohorts_share():
-    shared_ends.require_known(SHARED)
-    shared_ends.require_known(RunSettings())
+    require_sensible(SHARED.share, SHARED.cohort)
+    require_sensible(RunSettings().share, RunSettings().cohort)
     with pytest.raises(SettingError, match="cohort"):
-        shared_ends.require_known(replace(SHARED, cohort=CohortSettings()))
+        require_sensible(SHARED.share, CohortSettings())
