@@ -1,6 +1,5 @@
 """What a run takes of its members' bottoms and tops is checked, counted and bounded before it is trained."""
 
-
 import pytest
 import torch
 
